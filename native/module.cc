@@ -6,6 +6,13 @@ namespace vlm_grpo {
 
 void RegisterStorage(Napi::Env env, Napi::Object exports);
 void RegisterRuntime(Napi::Env env, Napi::Object exports);
+void RegisterProbe(Napi::Env env, Napi::Object exports);
+void RegisterGroupAdvantages(Napi::Env env, Napi::Object exports);
+void RegisterGrpoLossFromLogits(Napi::Env env, Napi::Object exports);
+void RegisterKlDivergence(Napi::Env env, Napi::Object exports);
+void RegisterPolicyLoss(Napi::Env env, Napi::Object exports);
+void RegisterLinearLogprobs(Napi::Env env, Napi::Object exports);
+void RegisterSampleTokens(Napi::Env env, Napi::Object exports);
 void RegisterTokenLogprobs(Napi::Env env, Napi::Object exports);
 
 namespace {
@@ -14,6 +21,13 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
   env.SetInstanceData(new AddonData);
   RegisterStorage(env, exports);
   RegisterRuntime(env, exports);
+  RegisterProbe(env, exports);
+  RegisterGroupAdvantages(env, exports);
+  RegisterGrpoLossFromLogits(env, exports);
+  RegisterKlDivergence(env, exports);
+  RegisterPolicyLoss(env, exports);
+  RegisterLinearLogprobs(env, exports);
+  RegisterSampleTokens(env, exports);
   RegisterTokenLogprobs(env, exports);
   return exports;
 }

@@ -60,25 +60,36 @@ double ArgReader::Missing() {
   return 0;
 }
 
+double ArgReader::NotAnInteger(const char* name, double value) {
+  if (status_.ok()) {
+    status_ = Status::Invalid("Expected `%s` to be an integer, received %.17g",
+                              CamelCase(name).c_str(), value);
+  }
+  return 0;
+}
+
 void* ArgReader::Buffer(const char* name, int64_t count, size_t element_size, bool required) {
   const Napi::Value value = info_[next_++];
   if (!status_.ok()) return nullptr;
-  if (value.IsUndefined() || value.IsNull()) {
-    if (required) status_ = Status::Invalid("Expected `%s`, received nothing", name);
-    return nullptr;
-  }
   uint8_t* data = nullptr;
   size_t bytes = 0;
-  if (std::shared_ptr<Storage> storage = StorageOf(info_.Env(), value)) {
+  // Typed arrays first: asking Node-API for the type of a value costs as much as the rest.
+  if (BorrowTypedArray(info_.Env(), value, &data, &bytes)) {
+    if (!borrow_) {
+      status_ = {VLM_GRPO_INTERNAL,
+                 std::string("An asynchronous call was given the typed array `") + name + "`"};
+      return nullptr;
+    }
+  } else if (const napi_valuetype type = value.Type();
+             type == napi_undefined || type == napi_null) {
+    if (required) status_ = Status::Invalid("Expected `%s`, received nothing", name);
+    return nullptr;
+  } else if (std::shared_ptr<Storage> storage = StorageOf(info_.Env(), value)) {
     data = storage->data();
     bytes = storage->bytes();
     storages_.push_back(std::move(storage));
-  } else if (!BorrowTypedArray(info_.Env(), value, &data, &bytes)) {
+  } else {
     status_ = Status::Invalid("Expected `%s` to be a typed array or a live tensor", name);
-    return nullptr;
-  } else if (!borrow_) {
-    status_ = {VLM_GRPO_INTERNAL,
-               std::string("An asynchronous call was given the typed array `") + name + "`"};
     return nullptr;
   }
   int64_t needed;

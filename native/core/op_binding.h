@@ -22,6 +22,7 @@
 #include <initializer_list>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -50,9 +51,19 @@ class ArgReader {
   // `first`: index of the params argument. `borrow`: typed arrays are allowed.
   ArgReader(const Napi::CallbackInfo& info, size_t first, bool borrow);
 
+  // The next parameter. One that must be an integer and is none, or does not fit, is an error:
+  // converting it would be undefined.
   template <class T>
-  T Param() {
-    return static_cast<T>(next_param_ < param_count_ ? params_[next_param_++] : Missing());
+  T Param(const char* name) {
+    const double value = next_param_ < param_count_ ? params_[next_param_++] : Missing();
+    if constexpr (std::is_integral_v<T>) {
+      // 2^31 and 2^63, the first values too large, are exact doubles; the largest ones that fit
+      // are not for every T.
+      constexpr double kEnd = sizeof(T) == 4 ? 0x1p31 : 0x1p63;
+      if (!(value >= -kEnd && value < kEnd) || value != static_cast<double>(static_cast<T>(value)))
+        return static_cast<T>(NotAnInteger(name, value));
+    }
+    return static_cast<T>(value);
   }
 
   // Buffers of `count` elements; a buffer given as undefined or null is absent.
@@ -78,6 +89,7 @@ class ArgReader {
 
  private:
   double Missing();
+  double NotAnInteger(const char* name, double value);
   void* Buffer(const char* name, int64_t count, size_t element_size, bool required);
 
   const Napi::CallbackInfo& info_;
@@ -90,7 +102,7 @@ class ArgReader {
   std::vector<std::shared_ptr<Storage>> storages_;
 };
 
-#define VLM_GRPO_READ_PARAM(type, name, default_value) args.name = in.Param<type>();
+#define VLM_GRPO_READ_PARAM(type, name, default_value) args.name = in.Param<type>(#name);
 #define VLM_GRPO_PARAM_ENTRY(type, name, default_value) {#name, static_cast<double>(default_value)},
 
 struct ParamEntry {

@@ -15,10 +15,12 @@ namespace vlm_grpo {
 // a and b carry the upstream gradients, 1 / temperature and logit_scale.
 struct BackwardCoefficients {
   float a2, offset, a, b;
+  bool stream;
 };
 
 }  // namespace vlm_grpo
 
+#define VLM_GRPO_WITH_BF16_LEVEL
 #define VLM_GRPO_KERNELS "native/ops/token_logprobs.simd.h"
 #include "native/core/simd_levels.h"
 
@@ -26,7 +28,8 @@ namespace vlm_grpo {
 
 // ---- one row
 double RowStats::Lse() const {
-  return sum == 0 ? -std::numeric_limits<double>::infinity() : max_u / temperature + std::log(sum);
+  return sum == 0 ? -std::numeric_limits<double>::infinity()
+                  : reference / temperature + std::log(sum);
 }
 
 double RowStats::Entropy() const {
@@ -42,7 +45,7 @@ double RowStats::SumP2() const {
 
 double RowStats::Logprob(double u) const {
   if (sum == 0) return -std::numeric_limits<double>::infinity();
-  return (u - max_u) / temperature - std::log(sum);
+  return (u - reference) / temperature - std::log(sum);
 }
 
 double CappedLogit(const LogitsRow& row, int64_t id) {
@@ -64,7 +67,7 @@ struct ChosenGradients {
 
 }  // namespace
 
-void RowBackward(const LogitsRow& row, const RowGradient& gradient, void* dlogits) {
+void RowBackward(const LogitsRow& row, const RowGradient& gradient, void* dlogits, bool stream) {
   const size_t row_bytes = static_cast<size_t>(row.vocab) * DTypeSize(row.dtype);
   // A row without mass (no finite logit) has constant outputs.
   if (gradient.lse == -std::numeric_limits<double>::infinity()) {
@@ -116,7 +119,7 @@ void RowBackward(const LogitsRow& row, const RowGradient& gradient, void* dlogit
   VLM_GRPO_DISPATCH(BackwardRowDispatch)
   (row,
    {static_cast<float>(log2e / row.temperature), static_cast<float>(-gradient.lse * log2e),
-    static_cast<float>(a), static_cast<float>(b)},
+    static_cast<float>(a), static_cast<float>(b), stream},
    dlogits);
   for (size_t i = 0; i < chosen.ids.size(); i++) {
     VLM_GRPO_DISPATCH(WriteElement)(dlogits, row.dtype, chosen.ids[i], chosen.values[i]);
@@ -250,6 +253,8 @@ Status TokenLogprobsBackward(const vlm_grpo_token_logprobs_backward_args& args,
         static_cast<long long>(stride));
   }
   const size_t row_bytes = static_cast<size_t>(args.vocab) * DTypeSize(args.logits_dtype);
+  // 32 MiB: about a last-level cache. Smaller gradients are worth keeping there for the reader.
+  const bool stream = args.dlogits != args.logits && args.rows * row_bytes >= (size_t{32} << 20);
   return ParallelFor(
       context, args.rows, RowGrain(args.vocab), [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; n++) {
@@ -269,7 +274,7 @@ Status TokenLogprobsBackward(const vlm_grpo_token_logprobs_backward_args& args,
           }
           gradient.grad_entropy = args.grad_entropy != nullptr ? args.grad_entropy[n] : 0;
           gradient.grad_lse = args.grad_lse != nullptr ? args.grad_lse[n] : 0;
-          RowBackward(RowOf(args, n), gradient, dlogits);
+          RowBackward(RowOf(args, n), gradient, dlogits, stream);
         }
       });
 }

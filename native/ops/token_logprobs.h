@@ -22,12 +22,12 @@ struct LogitsRow {
   double temperature, logit_scale, softcap;
 };
 
-// Soft-max sums of a row, relative to the maximum of u = softcap(logit_scale * x), in doubles:
-// exact enough that log-probs of huge logits keep their digits.
-//   sum = sum_v e_v   weighted = sum_v e_v (z_v - z_max)   squares = sum_v e_v^2,  e_v = exp(z_v -
-//   z_max)
+// Soft-max sums of a row in doubles, exact enough that log-probs of huge logits keep their digits.
+// They are relative to a reference near the maximum of u = softcap(logit_scale * x), with
+// d_v = (u_v - reference) / temperature and e_v = exp(d_v):
+//   sum = sum_v e_v   weighted = sum_v e_v d_v   squares = sum_v e_v^2
 struct RowStats {
-  double max_u, temperature, sum, weighted, squares;
+  double reference, temperature, sum, weighted, squares;
 
   double Lse() const;
   double Entropy() const;  // never negative
@@ -50,7 +50,9 @@ struct RowGradient {
   int32_t ignore_index;
   double grad_entropy, grad_lse;
 };
-// Reads the row once and writes dlogits, which may be the row itself.
-void RowBackward(const LogitsRow& row, const RowGradient& gradient, void* dlogits);
+// Reads the row once and writes dlogits, which may be the row itself. `stream`: the gradients are
+// more than the caches hold, and not over the logits; they may go past the caches.
+void RowBackward(const LogitsRow& row, const RowGradient& gradient, void* dlogits,
+                 bool stream = false);
 
 }  // namespace vlm_grpo

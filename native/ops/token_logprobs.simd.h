@@ -1,17 +1,19 @@
 // token_logprobs kernels: one row at a time, one pass over memory each way.
 //
-// Forward: the row is read in blocks of 1024 logits (4 KiB: they stay in L1). A block's maximum is
-// taken first; the running maximum changes at most once per block, so the inner loop has one
-// exponential per logit and no branch. Sums are kept in floats within a block and in doubles
-// across blocks. Exponents are base 2: d = (u - max) * log2(e) / temperature.
+// Forward: sums of e_v = 2^(d_v), d_v = u_v * a2 - reference with a2 = log2(e) / temperature, in
+// floats within blocks of 4096 logits and in doubles across them. The reference is the scaled
+// maximum of the first block with a finite logit, and need not be the row's maximum: sums of
+// floats are as exact at any scale. Only when a block's sum shows logits far above it, the
+// reference moves up and the block is done again. So there is one multiply-add and one
+// exponential per logit, no separate pass for the maximum, and no branch inside a block.
 //
 // Backward: p is recomputed from the LSE; dz_v = p_v (a + b log2 p_v), where a and b hold the
 // upstream gradients; the chosen ids, where the one-hot term lands, are written by the caller.
 //
-// Hazard: a masked logit has u = -inf. Its exponent is clamped at -200, where 2^d is exactly 0,
-// so that 0 * d is 0 and not NaN. NaN passes through the clamp.
+// Hazard: a masked logit has u = -inf, e = 0 exactly, and 0 * d must not become NaN: d is clamped
+// at -200, where 2^d is 0. NaN passes through the clamp.
 
-constexpr int64_t kRowBlock = 1024;
+constexpr int64_t kRowBlock = 4096;
 
 // ---- reading u = softcap(logit_scale * x), -inf where not kept
 
@@ -42,106 +44,203 @@ VLM_GRPO_INLINE F ReadU(const T* x, const uint8_t* keep, const RowReader& reader
   return u;
 }
 
+// 2 * kLanes elements, in the order that StorePair writes them back in. A 32-bit word holds two
+// bf16, each a float but for a shift or a mask: splitting words by parity is half the work of
+// widening halves of the vector.
+template <class T>
+VLM_GRPO_INLINE void LoadPair(const T* p, F* a, F* b) {
+  *a = Load(p);
+  *b = Load(p + kLanes);
+}
+VLM_GRPO_INLINE void LoadPair(const bf16* p, F* a, F* b) {
+  U words;
+  std::memcpy(&words, p, sizeof words);
+  *a = FromBits(words << 16);
+  *b = FromBits(words & 0xffff0000u);
+}
+
+template <class T>
+VLM_GRPO_INLINE void StorePair(T* p, F a, F b) {
+  Store(p, a);
+  Store(p + kLanes, b);
+}
+VLM_GRPO_INLINE void StorePair(bf16* p, F a, F b) {
+#if VLM_GRPO_ISA == 3
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b));
+  const __m512i words = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#else
+  // Round to nearest even; a NaN stays one.
+  const auto round = [](F x) __attribute__((always_inline)) {
+    const U u = BitsOf(x);
+    const U rounded = u + 0x7fffu + ((u >> 16) & 1u);
+    return (U)(IsNaN(x) ? (I)(u | 0x400000u) : (I)rounded);
+  };
+  const U words = (round(a) >> 16) | (round(b) & 0xffff0000u);
+#endif
+  std::memcpy(p, &words, sizeof words);
+}
+
+// Past the caches, to an address aligned to the vector; StreamFence makes such stores visible.
+VLM_GRPO_INLINE void StoreStream(float* p, F v) {
+#if VLM_GRPO_ISA == 1
+  _mm256_stream_ps(p, v);
+#elif VLM_GRPO_ISA == 2 || VLM_GRPO_ISA == 3
+  _mm512_stream_ps(p, v);
+#else
+  Store(p, v);
+#endif
+}
+VLM_GRPO_INLINE void StreamFence() {
+#if VLM_GRPO_ISA >= 1 && VLM_GRPO_ISA <= 3
+  _mm_sfence();
+#endif
+}
+
 // ---- forward
 
 struct BlockSums {
   float sum, weighted, squares;
 };
 
-// Sums over one block of u values in L1, for a maximum that is final for this block.
-template <bool kEntropy, bool kP2>
-VLM_GRPO_INLINE BlockSums SumBlock(const float* u, int64_t vectors, float max_u, float a2,
-                                   const void* prefetch, int64_t prefetch_stride) {
-  constexpr int kChains = 4;  // independent sums, to hide the latency of the adds
-  F sum[kChains] = {}, weighted[kChains] = {}, squares[kChains] = {};
-  const char* next = static_cast<const char*>(prefetch);
-  for (int64_t v = 0; v < vectors; v += kChains) {
-    for (int c = 0; c < kChains; c++) {
-      const F d = Max(Set(-200.0f), (Load(u + (v + c) * kLanes) - max_u) * a2);
-      const F e = Exp2Fast(d);
-      sum[c] = sum[c] + e;
-      if constexpr (kEntropy) weighted[c] = Fma(e, d, weighted[c]);
-      if constexpr (kP2) squares[c] = Fma(e, e, squares[c]);
-      Prefetch(next + (v + c) * prefetch_stride);
+constexpr int kSumPairs = 4;  // pairs of independent sums, to hide the latency of the adds
+constexpr int64_t kSumStep = 2 * kSumPairs * kLanes;
+
+// Over `count` elements, a multiple of kSumStep; d = u * a2 + offset.
+template <bool kEntropy, bool kP2, bool kClamp, class T>
+VLM_GRPO_INLINE BlockSums SumBlock(const T* u, int64_t count, float a2, float offset) {
+  F sum[2 * kSumPairs] = {}, weighted[kSumPairs] = {}, squares[kSumPairs] = {};
+  for (int64_t i = 0; i < count; i += kSumStep) {
+    for (int pair = 0; pair < kSumPairs; pair++) {
+      F x[2];
+      LoadPair(u + i + pair * 2 * kLanes, &x[0], &x[1]);
+      for (int half = 0; half < 2; half++) {
+        F d = Fma(x[half], Set(a2), Set(offset));
+        if constexpr (kClamp) d = Max(Set(-200.0f), d);
+        const F e = Exp2Fast(d);
+        sum[2 * pair + half] = sum[2 * pair + half] + e;
+        if constexpr (kEntropy) weighted[pair] = Fma(e, d, weighted[pair]);
+        if constexpr (kP2) squares[pair] = Fma(e, e, squares[pair]);
+      }
     }
   }
-  return {ReduceAdd((sum[0] + sum[1]) + (sum[2] + sum[3])),
-          kEntropy ? ReduceAdd((weighted[0] + weighted[1]) + (weighted[2] + weighted[3])) : 0.0f,
-          kP2 ? ReduceAdd((squares[0] + squares[1]) + (squares[2] + squares[3])) : 0.0f};
+  for (int pair = 1; pair < kSumPairs; pair++) {
+    sum[0] = sum[0] + sum[2 * pair];
+    sum[1] = sum[1] + sum[2 * pair + 1];
+    weighted[0] = weighted[0] + weighted[pair];
+    squares[0] = squares[0] + squares[pair];
+  }
+  return {ReduceAdd(sum[0] + sum[1]), kEntropy ? ReduceAdd(weighted[0]) : 0.0f,
+          kP2 ? ReduceAdd(squares[0]) : 0.0f};
+}
+
+template <class T>
+VLM_GRPO_INLINE float MaxOfBlock(const T* u, int64_t count) {
+  F best[2 * kSumPairs];
+  for (F& b : best) b = Set(-std::numeric_limits<float>::infinity());
+  for (int64_t i = 0; i < count; i += kSumStep) {
+    for (int pair = 0; pair < kSumPairs; pair++) {
+      F x[2];
+      LoadPair(u + i + pair * 2 * kLanes, &x[0], &x[1]);
+      best[2 * pair] = Max(best[2 * pair], x[0]);
+      best[2 * pair + 1] = Max(best[2 * pair + 1], x[1]);
+    }
+  }
+  for (int chain = 1; chain < 2 * kSumPairs; chain++) best[0] = Max(best[0], best[chain]);
+  return ReduceMax(best[0]);
 }
 
 template <class T, bool kTransform, bool kKeep, bool kEntropy, bool kP2>
 void ForwardRow(const LogitsRow& row, RowStats* stats) {
   const float inf = std::numeric_limits<float>::infinity();
+  const double log2e = 1.4426950408889634, ln2 = 0.6931471805599453;
   const T* x = static_cast<const T*>(row.x);
   const RowReader reader = ReaderOf(row);
-  const double log2e = 1.4426950408889634;
-  const double a2 = log2e / row.temperature;
-  // An f32 row that needs no transform is summed where it lies; others go through `staged`.
-  constexpr bool kDirect = std::is_same_v<T, float> && !kTransform && !kKeep;
-  constexpr int64_t kChunk = 4 * kLanes;  // what SumBlock takes at a time
+  const float a2 = static_cast<float>(std::min(log2e / row.temperature, 3e38));
+  // Whole blocks of rows that need no transform are summed where they lie; others go through here.
   alignas(64) float staged[kRowBlock];
 
-  float max_u = -inf;
+  float top = -inf;         // largest u seen when the reference was last set
+  double reference = -inf;  // in octaves
+  bool far = false;         // the reference is too large for d in one rounding
+  bool has_masked = false;  // a logit of -inf was met
   double sum = 0, weighted = 0, squares = 0;
   for (int64_t begin = 0; begin < row.vocab; begin += kRowBlock) {
     const int64_t count = std::min(kRowBlock, row.vocab - begin);
-    const int64_t whole = count / kLanes * kLanes;
-    F block_max[4] = {Set(-inf), Set(-inf), Set(-inf), Set(-inf)};
-    const bool in_place = kDirect && count == kRowBlock;
-    for (int64_t i = 0, chain = 0; i < whole; i += kLanes, chain = (chain + 1) & 3) {
-      const F u = ReadU<T, kTransform, kKeep>(x, row.keep, reader, begin + i, kLanes);
-      if (!in_place) Store(staged + i, u);
-      block_max[chain] = Max(block_max[chain], u);
-    }
-    int64_t padded = count;
-    if (!in_place) {
-      if (whole < count) {
-        const F u = ReadU<T, kTransform, kKeep>(x, row.keep, reader, begin + whole,
-                                                static_cast<int>(count - whole));
-        Store(staged + whole, u);
-        block_max[0] = Max(block_max[0], u);
+    const int64_t padded = (count + kSumStep - 1) / kSumStep * kSumStep;
+    const bool direct = !kTransform && !kKeep && count == kRowBlock;
+
+    const auto stage = [&](float shift) {
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) {
+        Store(staged + i,
+              ReadU<T, kTransform, kKeep>(x, row.keep, reader, begin + i, kLanes) - shift);
       }
-      padded = (count + kChunk - 1) / kChunk * kChunk;
-      for (int64_t i = (count + kLanes - 1) / kLanes * kLanes; i < padded; i += kLanes) {
-        Store(staged + i, Set(-inf));
+      if (i < count) {
+        const int rest = static_cast<int>(count - i);
+        Store(staged + i,
+              ReadU<T, kTransform, kKeep>(x, row.keep, reader, begin + i, rest) - shift);
+        i += kLanes;
       }
+      for (; i < padded; i += kLanes) Store(staged + i, Set(-inf));
+    };
+    const auto sums_from = [&](float offset) {
+      if (!direct) return SumBlock<kEntropy, kP2, kEntropy>(staged, padded, a2, offset);
+      if (!has_masked) {
+        const BlockSums block = SumBlock<kEntropy, kP2, false>(x + begin, padded, a2, offset);
+        // Only 0 * -inf makes one sum NaN and not the other. Rows that hold it pay for the clamp.
+        if (block.weighted == block.weighted || block.sum != block.sum) return block;
+        has_masked = true;
+      }
+      return SumBlock<kEntropy, kP2, kEntropy>(x + begin, padded, a2, offset);
+    };
+
+    if (!direct) stage(0);
+    BlockSums block{};
+    const bool placed = reference != -inf && !far;
+    if (placed) block = sums_from(static_cast<float>(-reference));
+    // 2^20: some d above 8. Below, the sums lose no more than a digit against a perfect reference.
+    if (!placed || block.sum > 1048576.0f) {
+      top = std::max(top, direct ? MaxOfBlock(x + begin, padded) : MaxOfBlock(staged, padded));
+      // Nothing finite yet: the block adds nothing, unless it holds a NaN, which no maximum shows.
+      double next = top == -inf ? 0 : static_cast<double>(top) * a2;
+      far = std::isfinite(top) && std::fabs(next) > 4194304;
+      if (!far) next = static_cast<float>(next);
+      if (sum != 0) {
+        const double shift = reference - next, factor = std::exp2(shift);
+        weighted = factor * (weighted + sum * shift);
+        sum *= factor;
+        squares *= factor * factor;
+      }
+      if (far) {
+        stage(top);
+        block = SumBlock<kEntropy, kP2, kEntropy>(staged, padded, a2, 0);
+      } else {
+        block = sums_from(static_cast<float>(-next));
+      }
+      if (top != -inf) reference = next;
     }
-    const float new_max = std::max(
-        max_u, ReduceMax(Max(Max(block_max[0], block_max[1]), Max(block_max[2], block_max[3]))));
-    // Nothing finite yet: the block adds nothing, unless it holds a NaN, which no maximum shows.
-    const float reference = new_max == -inf ? 0.0f : new_max;
-    if (reference != max_u && sum != 0) {
-      const double shift = (static_cast<double>(max_u) - reference) * a2;
-      const double factor = std::exp2(shift);
-      weighted = factor * (weighted + sum * shift);
-      sum *= factor;
-      squares *= factor * factor;
-    }
-    max_u = new_max;
-    const float* u = in_place ? reinterpret_cast<const float*>(x + begin) : staged;
-    const BlockSums block =
-        SumBlock<kEntropy, kP2>(u, padded / kLanes, reference, static_cast<float>(a2),
-                                x + begin + count, static_cast<int64_t>(kLanes * sizeof(T)));
     sum += block.sum;
     weighted += block.weighted;
     squares += block.squares;
   }
-  const double ln2 = 0.6931471805599453;
-  *stats = {max_u, row.temperature, sum, weighted * ln2, squares};
+  // The temperature that the rounded a2 stands for: log-probs then have no error of their own
+  // from it, however large the logits.
+  *stats = {reference / a2, log2e / a2, sum, weighted * ln2, squares};
 }
 
 // ---- backward
 
-template <class T, bool kTransform, bool kKeep, bool kEntropy>
+// kStream: the gradients go past the caches, sparing memory the read of what is overwritten.
+template <class T, bool kTransform, bool kKeep, bool kEntropy, bool kStream>
 void BackwardRow(const LogitsRow& row, const BackwardCoefficients& k, void* dlogits) {
   const T* x = static_cast<const T*>(row.x);
   T* dx = static_cast<T*>(dlogits);
   const RowReader reader = ReaderOf(row);
   const F a2 = Set(k.a2), offset = Set(k.offset), a = Set(k.a), b = Set(k.b);
-  const auto gradient = [&](int64_t i, int count) __attribute__((always_inline)) {
-    const F u = ReadU<T, kTransform, kKeep>(x, row.keep, reader, i, count);
-    const F d = Max(Set(-200.0f), Fma(u, a2, offset));
+  const auto slope = [&](F u) __attribute__((always_inline)) {
+    F d = Fma(u, a2, offset);
+    if constexpr (kEntropy) d = Max(Set(-200.0f), d);
     F g = Exp2Fast(d) * (kEntropy ? Fma(b, d, a) : a);
     if constexpr (kTransform) {
       if (reader.cap != 0) {
@@ -153,11 +252,38 @@ void BackwardRow(const LogitsRow& row, const BackwardCoefficients& k, void* dlog
     return g;
   };
   int64_t i = 0;
-  for (; i + kLanes <= row.vocab; i += kLanes) Store(dx + i, gradient(i, kLanes));
-  if (i < row.vocab) {
-    const int count = static_cast<int>(row.vocab - i);
-    StoreN(dx + i, gradient(i, count), count);
+  const auto part = [&](int count) __attribute__((always_inline)) {
+    const F u = ReadU<T, kTransform, kKeep>(x, row.keep, reader, i, count);
+    StoreN(dx + i, slope(u), count);
+    i += count;
+  };
+  if constexpr (kStream) {
+    // Streaming stores want whole aligned vectors.
+    const int64_t misaligned =
+        static_cast<int64_t>(reinterpret_cast<uintptr_t>(dx) / sizeof(T)) % kLanes;
+    if (misaligned != 0) {
+      part(static_cast<int>(std::min<int64_t>(kLanes - misaligned, row.vocab)));
+    }
   }
+  if constexpr (kTransform || kKeep) {
+    while (i + kLanes <= row.vocab) {
+      Store(dx + i, slope(ReadU<T, kTransform, kKeep>(x, row.keep, reader, i, kLanes)));
+      i += kLanes;
+    }
+  } else {
+    for (; i + 2 * kLanes <= row.vocab; i += 2 * kLanes) {
+      F first, second;
+      LoadPair(x + i, &first, &second);
+      if constexpr (kStream) {
+        StoreStream(dx + i, slope(first));
+        StoreStream(dx + i + kLanes, slope(second));
+      } else {
+        StorePair(dx + i, slope(first), slope(second));
+      }
+    }
+  }
+  while (i < row.vocab) part(static_cast<int>(std::min<int64_t>(kLanes, row.vocab - i)));
+  if constexpr (kStream) StreamFence();
 }
 
 // ---- run-time choice of the template
@@ -171,8 +297,16 @@ void ForwardRowAs(const LogitsRow& row, bool entropy, bool p2, RowStats* stats) 
 
 template <class T, bool kTransform, bool kKeep>
 void BackwardRowAs(const LogitsRow& row, const BackwardCoefficients& k, void* dlogits) {
-  if (k.b != 0) return BackwardRow<T, kTransform, kKeep, true>(row, k, dlogits);
-  BackwardRow<T, kTransform, kKeep, false>(row, k, dlogits);
+  // bf16 and f16 rows are bound by arithmetic, and transformed ones even more: only plain f32 rows
+  // gain from streaming.
+  if constexpr (std::is_same_v<T, float> && !kTransform && !kKeep) {
+    if (k.stream) {
+      if (k.b != 0) return BackwardRow<T, kTransform, kKeep, true, true>(row, k, dlogits);
+      return BackwardRow<T, kTransform, kKeep, false, true>(row, k, dlogits);
+    }
+  }
+  if (k.b != 0) return BackwardRow<T, kTransform, kKeep, true, false>(row, k, dlogits);
+  BackwardRow<T, kTransform, kKeep, false, false>(row, k, dlogits);
 }
 
 inline bool NeedsTransform(const LogitsRow& row) {
