@@ -40,6 +40,9 @@
         # Electron refuses external buffers; the addon never makes one.
         "NODE_API_NO_EXTERNAL_BUFFERS_ALLOWED"
       ],
+      # Our threads outlive the worker that loaded the addon; Node closes a worker's addons when it
+      # ends, and unmapping the code under running threads would crash.
+      "ldflags": ["-Wl,-z,nodelete"],
       "sources": ["<!@(node scripts/native_sources.mjs binding)"]
     },
     {

@@ -13,35 +13,44 @@ import {
 const [images, width, vocab, group, steps, learningRate] = [12, 16, 10, 16, 150, 2];
 const samples = images * group;
 
-// Features of the images, a row per sample (each image is sampled `group` times), and the answers.
 let state = 1;
 const random = () => {
   state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
   return state / 2 ** 32;
 };
-const features = Float32Array.from({ length: images * width }, () => random() * 2 - 1);
-const answers = Int32Array.from({ length: images }, () => Math.floor(random() * vocab));
-const hidden = Float32Array.from(
-  { length: samples * width },
-  (_, i) => features[Math.floor(i / width / group) * width + (i % width)] as number,
+const features = Array.from({ length: images }, () =>
+  Array.from({ length: width }, () => random() * 2 - 1),
 );
-const weight = new Float32Array(vocab * width); // the policy: logits = hidden · weightᵀ
+const answers = Array.from({ length: images }, () => Math.floor(random() * vocab));
+// A row per sample: each image is answered `group` times.
+const hidden = Float32Array.from(
+  features.flatMap((row) => Array.from({ length: group }, () => row)).flat(),
+);
+const expected = answers.flatMap((answer) => Array.from({ length: group }, () => answer));
+
+let weight = new Float32Array(vocab * width); // the policy: logits = hidden · weightᵀ
+
+const dot = (n: number, v: number) =>
+  hidden
+    .subarray(n * width, (n + 1) * width)
+    .reduce((sum, x, h) => sum + x * (weight[v * width + h] ?? 0), 0);
 
 for (let step = 0; step <= steps; step++) {
-  // Rollout: a group of answers per image.
-  const logits = new Float32Array(samples * vocab);
-  for (let n = 0; n < samples; n++) {
-    for (let v = 0; v < vocab; v++) {
-      for (let h = 0; h < width; h++) {
-        logits[n * vocab + v]! += hidden[n * width + h]! * weight[v * width + h]!;
-      }
-    }
-  }
-  const { ids } = sampleTokensSync({ logits: { data: logits, shape: [samples, vocab] } }, { seed: step });
+  // Rollout: a group of answers per image, and their rewards.
+  const logits = Float32Array.from({ length: samples * vocab }, (_, i) =>
+    dot(Math.floor(i / vocab), i % vocab),
+  );
+  const { ids } = sampleTokensSync(
+    { logits: { data: logits, shape: [samples, vocab] } },
+    { seed: step },
+  );
+  const rewards = Float32Array.from(ids, (id, n) => (id === expected[n] ? 1 : 0));
 
-  // Rewards, advantages within each group, loss, gradient, and a step of plain gradient descent.
-  const rewards = Float32Array.from(ids, (id, n) => (id === answers[Math.floor(n / group)] ? 1 : 0));
-  const { advantages, metrics } = groupAdvantagesSync({ rewards }, { numGenerations: group });
+  // Advantages within each group, loss, gradient.
+  const { advantages, metrics } = groupAdvantagesSync(
+    { rewards },
+    { numGenerations: group, metrics: true },
+  );
   const policy = {
     hidden: { data: hidden, shape: [samples, width] },
     weight: { data: weight, shape: [vocab, width] },
@@ -52,15 +61,17 @@ for (let step = 0; step <= steps; step++) {
     logprobs: { data: logprobs, shape: [samples, 1] },
     advantages,
   });
-  const { dweight } = linearLogprobsBackwardSync({
-    ...policy,
-    lse,
-    gradLogprobs: dlogprobs as Float32Array,
-  });
-  for (let i = 0; i < weight.length; i++) weight[i]! -= learningRate * (dweight as Float32Array)[i]!;
+  if (dlogprobs === undefined) throw new Error('policyLoss computes gradients by default');
+  const { dweight } = linearLogprobsBackwardSync(
+    { ...policy, lse, gradLogprobs: dlogprobs },
+    { dhidden: false },
+  );
+
+  // A step of plain gradient descent.
+  weight = weight.map((w, i) => w - learningRate * (dweight[i] ?? 0));
 
   if (step % 30 === 0) {
-    console.log(`step ${step}: reward ${metrics['reward']?.toFixed(3)}, loss ${loss.toFixed(4)}`);
+    console.log(`step ${step}: reward ${metrics.reward.toFixed(3)}, loss ${loss.toFixed(4)}`);
   }
-  if (step === steps && (metrics['reward'] ?? 0) < 0.8) process.exitCode = 1;
+  if (step === steps && metrics.reward < 0.8) process.exitCode = 1;
 }

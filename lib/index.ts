@@ -14,3 +14,4 @@ export {
 export type { MemoryStats } from './native/addon.ts';
 export * from './ops/index.ts';
 export { type Device, memoryStats, Tensor, type TensorOptions, tidy } from './tensor.ts';
+export { version } from './version.ts';

@@ -194,7 +194,7 @@ function advantages(groups: number, numGenerations: number): Ours {
   const rewards = Tensor.from(normals(groups * numGenerations, 1, 1));
   return {
     run: () => {
-      const result = groupAdvantagesSync({ rewards }, { numGenerations });
+      const result = groupAdvantagesSync({ rewards }, { numGenerations, metrics: true });
       return Object.values(result).filter((value) => value instanceof Tensor);
     },
     dispose: () => rewards.dispose(),

@@ -11,6 +11,7 @@ import type {
   LossAggregation,
   LossType,
   PolicyLossOptions,
+  RolloutCorrection,
 } from './policy_loss.ts';
 
 interface LossDefinition {
@@ -50,10 +51,20 @@ export const LOSS_TYPES = {
 /** verl's and EasyR1's names of estimators. */
 const KL_ALIASES: Readonly<Record<string, string>> = { kl: 'k1', mse: 'k2', low_var_kl: 'k3' };
 
+const ROLLOUT_CORRECTIONS: readonly RolloutCorrection[] = [
+  'none',
+  'token_truncate',
+  'token_mask',
+  'sequence_truncate',
+  'sequence_mask',
+  'geometric_truncate',
+  'geometric_mask',
+];
+
 export type Params = Record<string, number | boolean | undefined>;
 
 /** The options after the preset has filled in what was left out. */
-export function resolveOptions(options: PolicyLossOptions): PolicyLossOptions {
+function resolveOptions(options: PolicyLossOptions): PolicyLossOptions {
   const preset = options.preset ?? 'trl';
   if (!Object.hasOwn(POLICY_LOSS_PRESETS, preset)) {
     throw new ArgumentError(
@@ -95,7 +106,7 @@ function oneOf<T extends string>(name: string, value: string, first: T, second: 
   return value === second;
 }
 
-function klParams(options: PolicyLossOptions, level: string, surrogate: string): Params {
+function klParams(options: PolicyLossOptions, level: string, surrogate: string) {
   const estimator = options.klEstimator ?? 'k3';
   const plain = estimator.endsWith('+') ? estimator.slice(0, -1) : estimator;
   const limited = plain === 'low_var_kl';
@@ -110,13 +121,19 @@ function klParams(options: PolicyLossOptions, level: string, surrogate: string):
   };
 }
 
-function rolloutParams(options: PolicyLossOptions, given: boolean, preset: boolean): Params {
+function rolloutParams(options: PolicyLossOptions, given: boolean, preset: boolean) {
   // A correction that only the preset asks for is dropped where there is nothing to correct.
   const applies = given && (options.ratioAnchor ?? 'old') === 'old';
   const correction = preset && !applies ? 'none' : (options.rolloutCorrection ?? 'none');
+  if (!ROLLOUT_CORRECTIONS.includes(correction)) {
+    throw new ArgumentError(
+      `Expected \`rolloutCorrection\` to be one of ${ROLLOUT_CORRECTIONS.join(', ')}, received ${describe(correction)}`,
+    );
+  }
   const split = correction.lastIndexOf('_');
   const level = split < 0 ? correction : correction.slice(0, split);
-  const params: Params = {
+  const reject = options.rolloutReject;
+  return {
     rolloutLevel: enumCode('rolloutCorrection', 'policyLossRolloutLevel', level),
     rolloutMode:
       split < 0
@@ -128,30 +145,21 @@ function rolloutParams(options: PolicyLossOptions, given: boolean, preset: boole
     rolloutBatchNormalize: options.rolloutBatchNormalize,
     rolloutCurrent: oneOf('rolloutReference', options.rolloutReference ?? 'old', 'old', 'current'),
     rolloutWeightsKl: oneOf('rolloutScope', options.rolloutScope ?? 'policy', 'policy', 'loss'),
+    rejectStatistic:
+      reject && enumCode('rolloutReject.statistic', 'policyLossRejectStatistic', reject.statistic),
+    rejectScope: reject && enumCode('rolloutReject.scope', 'policyLossRejectScope', reject.scope),
+    rejectEffect:
+      reject?.effect && enumCode('rolloutReject.effect', 'policyLossRejectEffect', reject.effect),
+    rejectLow: reject?.low,
+    rejectHigh: reject?.high,
   };
-  const reject = options.rolloutReject;
-  if (reject !== undefined) {
-    params['rejectStatistic'] = enumCode(
-      'rolloutReject.statistic',
-      'policyLossRejectStatistic',
-      reject.statistic,
-    );
-    params['rejectScope'] = enumCode('rolloutReject.scope', 'policyLossRejectScope', reject.scope);
-    params['rejectEffect'] =
-      reject.effect === undefined
-        ? undefined
-        : enumCode('rolloutReject.effect', 'policyLossRejectEffect', reject.effect);
-    params['rejectLow'] = reject.low;
-    params['rejectHigh'] = reject.high;
-  }
-  return params;
 }
 
 /**
  * The native parameters of options that {@link resolveOptions} returned. `rollout`: sampler log-probs
  * are given; `ownCorrection`: the caller, not a preset, chose the rollout correction.
  */
-export function optionParams(
+function optionParams(
   options: PolicyLossOptions,
   rollout: boolean,
   ownCorrection: boolean,
@@ -160,7 +168,15 @@ export function optionParams(
   const level = options.importanceSamplingLevel ?? loss.level ?? 'token';
   const form = options.dppoForm ?? loss.dppoForm ?? 'score';
   const entropyAggregation = options.entropyAggregation;
+  const kl = klParams(options, level, loss.surrogate);
+  const correction = rolloutParams(options, rollout, !ownCorrection);
+  // One literal, with the caller's fields in it: an object that grows field by field becomes a hash
+  // table, and reading seventy fields of that takes longer than a small call.
   return {
+    sequences: undefined,
+    length: undefined,
+    tokens: undefined,
+    advantagesPerToken: undefined,
     surrogate: enumCode('lossType', 'policyLossSurrogate', loss.surrogate),
     ratioLevel: enumCode('importanceSamplingLevel', 'policyLossRatioLevel', level),
     ratioAnchor: enumCode('ratioAnchor', 'policyLossRatioAnchor', options.ratioAnchor ?? 'old'),
@@ -192,7 +208,6 @@ export function optionParams(
     m2poThreshold: options.m2poThreshold,
     driftCoef: options.driftCoef,
     beta: options.beta,
-    ...klParams(options, level, loss.surrogate),
     entropyCoef: options.entropyCoef,
     entropyAggregation:
       entropyAggregation === undefined
@@ -202,7 +217,6 @@ export function optionParams(
     topEntropyQuantile: options.topEntropyQuantile,
     entropyThreshold: options.entropyThreshold,
     offPolicyThreshold: options.offPolicyMaskThreshold,
-    ...rolloutParams(options, rollout, !ownCorrection),
     aggregation: enumCode(
       'aggregation',
       'policyLossAggregation',
@@ -212,5 +226,59 @@ export function optionParams(
     horizon: options.maxCompletionLength,
     countEmpty: !oneOf('emptySequences', options.emptySequences ?? 'count', 'count', 'skip'),
     lossScale: options.lossScale,
+    klEstimator: kl.klEstimator,
+    klStraightThrough: kl.klStraightThrough,
+    klImportanceWeighted: kl.klImportanceWeighted,
+    klLogRatioClamp: kl.klLogRatioClamp,
+    klClamp: kl.klClamp,
+    klClampWeighted: kl.klClampWeighted,
+    rolloutLevel: correction.rolloutLevel,
+    rolloutMode: correction.rolloutMode,
+    rolloutMin: correction.rolloutMin,
+    rolloutMax: correction.rolloutMax,
+    rolloutLogClamp: correction.rolloutLogClamp,
+    rolloutBatchNormalize: correction.rolloutBatchNormalize,
+    rolloutCurrent: correction.rolloutCurrent,
+    rolloutWeightsKl: correction.rolloutWeightsKl,
+    rejectStatistic: correction.rejectStatistic,
+    rejectScope: correction.rejectScope,
+    rejectEffect: correction.rejectEffect,
+    rejectLow: correction.rejectLow,
+    rejectHigh: correction.rejectHigh,
   };
+}
+
+/** Options and the parameters they resolve to. */
+interface Resolved {
+  readonly options: PolicyLossOptions;
+  readonly params: Params;
+}
+
+let last: (Resolved & { readonly given: PolicyLossOptions; readonly rollout: boolean }) | undefined;
+
+/**
+ * {@link resolveOptions} and {@link optionParams}. A trainer calls with the same options again and
+ * again: those of the last call are remembered, by value.
+ */
+export function resolveParams(given: PolicyLossOptions, rollout: boolean): Resolved {
+  if (last === undefined || last.rollout !== rollout || !sameOptions(last.given, given)) {
+    const options = resolveOptions(given);
+    const params = optionParams(options, rollout, given.rolloutCorrection !== undefined);
+    // An object inside the options could change without being replaced.
+    if (given.rolloutReject !== undefined) return { options, params };
+    last = { given: { ...given }, rollout, options, params };
+  }
+  return { options: last.options, params: { ...last.params } };
+}
+
+function sameOptions(a: PolicyLossOptions, b: PolicyLossOptions): boolean {
+  let count = 0;
+  for (const name in a) {
+    if (!Object.is(a[name as keyof PolicyLossOptions], b[name as keyof PolicyLossOptions])) {
+      return false;
+    }
+    count++;
+  }
+  for (const _ in b) count--;
+  return count === 0;
 }

@@ -87,7 +87,8 @@ export const POLICY_LOSS_PRESETS = {
   /**
    * slime. Mean over samples of the token mean, no limit on the log-ratio, dual clip off; its
    * `low_var_kl` limits the estimate (after the ratio, when weighted) to ±10 and the log-ratio not at
-   * all; TIS off by default, truncating at 2. Its cispo clips to 1 ± ε.
+   * all; the entropy is averaged as the loss is; TIS off by default, truncating at 2. Its cispo clips
+   * to 1 ± ε.
    */
   slime: {
     options: {
@@ -97,6 +98,7 @@ export const POLICY_LOSS_PRESETS = {
       klClamp: 10,
       klClampWeighted: true,
       useBiasCorrectionKl: false,
+      entropyAggregation: 'seq-mean-token-mean',
       rolloutCorrection: 'none',
       rolloutClipMax: 2,
     },
@@ -134,7 +136,8 @@ export const POLICY_LOSS_PRESETS = {
   },
   /**
    * SkyRL, policy loss `regular`. Log-ratio within ±20, token mean, `low_var_kl`; dual clip only with
-   * its `dual_clip` (at 3). Its gspo is GSPO-token with a log-ratio of at most 10.
+   * its `dual_clip` (at 3). Its gspo is GSPO-token with a log-ratio of at most 10, its cispo clips to
+   * [0, 5], its dppo takes −A·ρ against the sampler's log-probs.
    */
   skyrl: {
     options: {
@@ -149,12 +152,16 @@ export const POLICY_LOSS_PRESETS = {
     },
     losses: {
       gspo: { importanceSamplingLevel: 'sequence_token', logRatioClamp: 10 },
+      cispo: { epsilon: 1, epsilonHigh: 4 },
+      dppo_tv: { ratioAnchor: 'rollout', dppoForm: 'ratio', dppoRatioCap: 0 },
+      dppo_kl: { ratioAnchor: 'rollout', dppoForm: 'ratio', dppoRatioCap: 0 },
       importance_sampling: { aggregation: 'token-sum' },
     },
   },
   /**
    * prime-rl. DPPO with a trust region of ±0.2 on probabilities against the sampler's log-probs, ρ
-   * without a cap in the loss itself, and 1e-3 · log-ratio² on every token; token mean.
+   * without a cap in the loss itself, and 1e-3 · log-ratio² on every token; token mean. Its ipo has a
+   * trust region of ±0.1.
    */
   'prime-rl': {
     options: {
@@ -169,6 +176,7 @@ export const POLICY_LOSS_PRESETS = {
       useBiasCorrectionKl: false,
       rolloutCorrection: 'none',
     },
+    losses: { ipo: { epsilon: 0.1, epsilonHigh: 0.1 } },
   },
   /**
    * EasyR1. Clip to [0.8, 1.3] in log space (the same function), log-ratio within ±20, dual clip at 3,

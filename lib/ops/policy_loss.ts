@@ -21,12 +21,7 @@ import {
   runAsync,
   runSync,
 } from './call.ts';
-import {
-  type LOSS_TYPES,
-  optionParams,
-  type Params,
-  resolveOptions,
-} from './policy_loss.params.ts';
+import { type LOSS_TYPES, type Params, resolveParams } from './policy_loss.params.ts';
 import type { PolicyLossPreset } from './policy_loss.presets.ts';
 
 /**
@@ -467,7 +462,6 @@ export function readPolicyLoss(
   input: Omit<PolicyLossInputs, 'logprobs'>,
   given: PolicyLossOptions,
 ): PolicyLossReading {
-  const options = resolveOptions(given);
   const advantages = readInput('advantages', input.advantages, F32);
   const cuSeqlens = readOptional('cuSeqlens', input.cuSeqlens, I32);
   const { sequences, length } = layout(tokens, advantages, cuSeqlens);
@@ -486,11 +480,7 @@ export function readPolicyLoss(
     readOptional('groupIds', input.groupIds, I32, [sequences])?.buffer,
     cuSeqlens?.buffer,
   ];
-  const params = optionParams(
-    options,
-    rollout !== undefined,
-    given.rolloutCorrection !== undefined,
-  );
+  const { options, params } = resolveParams(given, rollout !== undefined);
   params['sequences'] = sequences;
   params['length'] = length;
   params['tokens'] = tokens.size;

@@ -104,7 +104,7 @@ Status ForSequences(const PolicyLossPlan& plan, const Context& context, Fn&& fn)
   });
 }
 
-// ---- rollout correction -------------------------------------------------------------------------
+// ---- rollout correction
 
 double RejectStatistic(const PolicyLossPlan& plan, int64_t b, double* most) {
   const PolicyLossRollout& r = plan.rollout[b];
@@ -187,7 +187,7 @@ void ApplyRollout(PolicyLossPlan* plan) {
   }
 }
 
-// ---- sequences that depend on the current log-probs -----------------------------------------
+// ---- sequences that depend on the current log-probs
 
 // phi of VESPO for one sign of the advantage.
 float VespoPhi(double log_w, double k, double lambda) {

@@ -71,15 +71,35 @@ struct PolicyLossMoments {
 };
 
 // Sums over tokens. Counts are doubles too: exact up to 2^53.
-#define VLM_GRPO_POLICY_LOSS_SUMS(X)                                                           \
-  X(policy)                                                                                    \
-  X(kl_loss)                                                                                   \
-  X(drift)                                                                                     \
-  X(entropy_loss)                                                                              \
-  X(kl) X(entropy) X(ratio) X(ratio_squares) X(log_ratio) X(log_ratio_k3) X(logp) X(advantage) \
-      X(advantage_logp) X(phi) X(fipo_weight) X(future_kl) X(dlogp_abs) X(dual) X(delta)       \
-          X(cispo_any) X(clamped) X(masked_low) X(masked_high) X(masked) X(off_policy)         \
-              X(entropy_kept) X(fipo_safe) X(non_finite)
+#define VLM_GRPO_POLICY_LOSS_SUMS(X) \
+  X(policy)                          \
+  X(kl_loss)                         \
+  X(drift)                           \
+  X(entropy_loss)                    \
+  X(kl)                              \
+  X(entropy)                         \
+  X(ratio)                           \
+  X(ratio_squares)                   \
+  X(log_ratio)                       \
+  X(log_ratio_k3)                    \
+  X(logp)                            \
+  X(advantage)                       \
+  X(advantage_logp)                  \
+  X(phi)                             \
+  X(fipo_weight)                     \
+  X(future_kl)                       \
+  X(dlogp_abs)                       \
+  X(dual)                            \
+  X(delta)                           \
+  X(cispo_any)                       \
+  X(clamped)                         \
+  X(masked_low)                      \
+  X(masked_high)                     \
+  X(masked)                          \
+  X(off_policy)                      \
+  X(entropy_kept)                    \
+  X(fipo_safe)                       \
+  X(non_finite)
 struct PolicyLossSums {
 #define VLM_GRPO_SUM(name) double name = 0;
   VLM_GRPO_POLICY_LOSS_SUMS(VLM_GRPO_SUM)

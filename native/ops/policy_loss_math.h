@@ -233,7 +233,7 @@ struct NoTokenLoss {
                                 PolicyTerm<T, M>*) {}
 };
 
-// ---- weights ----------------------------------------------------------------------------------
+// ---- weights
 
 // w of the rollout correction from its log, before batch normalisation. NaN never gets here.
 template <class T>

@@ -45,7 +45,9 @@ double RowStats::SumP2() const {
 
 double RowStats::Logprob(double u) const {
   if (sum == 0) return -std::numeric_limits<double>::infinity();
-  return (u - reference) / temperature - std::log(sum);
+  // Rounding in the sum must not show as a probability above 1; NaN stays.
+  const double logprob = (u - reference) / temperature - std::log(sum);
+  return logprob > 0 ? 0 : logprob;
 }
 
 double CappedLogit(const LogitsRow& row, int64_t id) {

@@ -1,11 +1,11 @@
 // token_logprobs kernels: one row at a time, one pass over memory each way.
 //
-// Forward: sums of e_v = 2^(d_v), d_v = u_v * a2 - reference with a2 = log2(e) / temperature, in
-// floats within blocks of 4096 logits and in doubles across them. The reference is the scaled
-// maximum of the first block with a finite logit, and need not be the row's maximum: sums of
-// floats are as exact at any scale. Only when a block's sum shows logits far above it, the
-// reference moves up and the block is done again. So there is one multiply-add and one
-// exponential per logit, no separate pass for the maximum, and no branch inside a block.
+// Forward: sums of e_v = 2^(d_v), d_v = (u_v - top) * a2 with a2 = log2(e) / temperature, in floats
+// within blocks of 4096 logits and in doubles across them. `top` is the maximum of the first block
+// with a finite logit, and need not be the row's: sums of floats are as exact at any scale. Only
+// when a block's sum shows logits far above it, `top` moves up and the block is done again. So
+// there is one exponential per logit, no separate pass for the maximum, and no branch inside a
+// block.
 //
 // Backward: p is recomputed from the LSE; dz_v = p_v (a + b log2 p_v), where a and b hold the
 // upstream gradients; the chosen ids, where the one-hot term lands, are written by the caller.
@@ -106,16 +106,16 @@ struct BlockSums {
 constexpr int kSumPairs = 4;  // pairs of independent sums, to hide the latency of the adds
 constexpr int64_t kSumStep = 2 * kSumPairs * kLanes;
 
-// Over `count` elements, a multiple of kSumStep; d = u * a2 + offset.
+// Over `count` elements, a multiple of kSumStep.
 template <bool kEntropy, bool kP2, bool kClamp, class T>
-VLM_GRPO_INLINE BlockSums SumBlock(const T* u, int64_t count, float a2, float offset) {
+VLM_GRPO_INLINE BlockSums SumBlock(const T* u, int64_t count, float a2, float top) {
   F sum[2 * kSumPairs] = {}, weighted[kSumPairs] = {}, squares[kSumPairs] = {};
   for (int64_t i = 0; i < count; i += kSumStep) {
     for (int pair = 0; pair < kSumPairs; pair++) {
       F x[2];
       LoadPair(u + i + pair * 2 * kLanes, &x[0], &x[1]);
       for (int half = 0; half < 2; half++) {
-        F d = Fma(x[half], Set(a2), Set(offset));
+        F d = (x[half] - top) * a2;
         if constexpr (kClamp) d = Max(Set(-200.0f), d);
         const F e = Exp2Fast(d);
         sum[2 * pair + half] = sum[2 * pair + half] + e;
@@ -160,73 +160,57 @@ void ForwardRow(const LogitsRow& row, RowStats* stats) {
   // Whole blocks of rows that need no transform are summed where they lie; others go through here.
   alignas(64) float staged[kRowBlock];
 
-  float top = -inf;         // largest u seen when the reference was last set
-  double reference = -inf;  // in octaves
-  bool far = false;         // the reference is too large for d in one rounding
+  float top = -inf;
   bool has_masked = false;  // a logit of -inf was met
   double sum = 0, weighted = 0, squares = 0;
   for (int64_t begin = 0; begin < row.vocab; begin += kRowBlock) {
     const int64_t count = std::min(kRowBlock, row.vocab - begin);
     const int64_t padded = (count + kSumStep - 1) / kSumStep * kSumStep;
     const bool direct = !kTransform && !kKeep && count == kRowBlock;
-
-    const auto stage = [&](float shift) {
+    if (!direct) {
       int64_t i = 0;
       for (; i + kLanes <= count; i += kLanes) {
-        Store(staged + i,
-              ReadU<T, kTransform, kKeep>(x, row.keep, reader, begin + i, kLanes) - shift);
+        Store(staged + i, ReadU<T, kTransform, kKeep>(x, row.keep, reader, begin + i, kLanes));
       }
       if (i < count) {
-        const int rest = static_cast<int>(count - i);
-        Store(staged + i,
-              ReadU<T, kTransform, kKeep>(x, row.keep, reader, begin + i, rest) - shift);
+        Store(staged + i, ReadU<T, kTransform, kKeep>(x, row.keep, reader, begin + i,
+                                                      static_cast<int>(count - i)));
         i += kLanes;
       }
       for (; i < padded; i += kLanes) Store(staged + i, Set(-inf));
-    };
-    const auto sums_from = [&](float offset) {
-      if (!direct) return SumBlock<kEntropy, kP2, kEntropy>(staged, padded, a2, offset);
+    }
+    const auto sums_from = [&](float origin) {
+      if (!direct) return SumBlock<kEntropy, kP2, kEntropy>(staged, padded, a2, origin);
       if (!has_masked) {
-        const BlockSums block = SumBlock<kEntropy, kP2, false>(x + begin, padded, a2, offset);
+        const BlockSums block = SumBlock<kEntropy, kP2, false>(x + begin, padded, a2, origin);
         // Only 0 * -inf makes one sum NaN and not the other. Rows that hold it pay for the clamp.
         if (block.weighted == block.weighted || block.sum != block.sum) return block;
         has_masked = true;
       }
-      return SumBlock<kEntropy, kP2, kEntropy>(x + begin, padded, a2, offset);
+      return SumBlock<kEntropy, kP2, kEntropy>(x + begin, padded, a2, origin);
     };
 
-    if (!direct) stage(0);
     BlockSums block{};
-    const bool placed = reference != -inf && !far;
-    if (placed) block = sums_from(static_cast<float>(-reference));
+    if (top != -inf) block = sums_from(top);
     // 2^20: some d above 8. Below, the sums lose no more than a digit against a perfect reference.
-    if (!placed || block.sum > 1048576.0f) {
+    if (top == -inf || block.sum > 1048576.0f) {
+      const float old_top = top;
       top = std::max(top, direct ? MaxOfBlock(x + begin, padded) : MaxOfBlock(staged, padded));
-      // Nothing finite yet: the block adds nothing, unless it holds a NaN, which no maximum shows.
-      double next = top == -inf ? 0 : static_cast<double>(top) * a2;
-      far = std::isfinite(top) && std::fabs(next) > 4194304;
-      if (!far) next = static_cast<float>(next);
       if (sum != 0) {
-        const double shift = reference - next, factor = std::exp2(shift);
+        const double shift = (static_cast<double>(old_top) - top) * a2, factor = std::exp2(shift);
         weighted = factor * (weighted + sum * shift);
         sum *= factor;
         squares *= factor * factor;
       }
-      if (far) {
-        stage(top);
-        block = SumBlock<kEntropy, kP2, kEntropy>(staged, padded, a2, 0);
-      } else {
-        block = sums_from(static_cast<float>(-next));
-      }
-      if (top != -inf) reference = next;
+      // Nothing finite yet: the block adds nothing, unless it holds a NaN, which no maximum shows.
+      block = sums_from(top == -inf ? 0.0f : top);
     }
     sum += block.sum;
     weighted += block.weighted;
     squares += block.squares;
   }
-  // The temperature that the rounded a2 stands for: log-probs then have no error of their own
-  // from it, however large the logits.
-  *stats = {reference / a2, log2e / a2, sum, weighted * ln2, squares};
+  // The temperature that the rounded a2 stands for.
+  *stats = {top, log2e / a2, sum, weighted * ln2, squares};
 }
 
 // ---- backward

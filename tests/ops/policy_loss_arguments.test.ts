@@ -179,16 +179,16 @@ describe('names', () => {
     { rolloutReject: { statistic: 'k1', scope: 'token', effect: 'x' } },
     'Expected `rolloutReject.effect` to be one of drop, zero, zero-policy, received "x"',
   );
-  for (const [option, value] of [
-    ['klEstimator', 'k4'],
-    ['klEstimator', 'k1++'],
-    ['rolloutCorrection', 'batch_mask'],
-    ['rolloutCorrection', 'token'],
-    ['rolloutCorrection', 'token_keep'],
-  ]) {
-    test(`${option} ${value} is rejected by the name of the option`, () => {
-      const options = { [option as string]: value } as PolicyLossOptions;
-      expect(() => policyLossSync(everything, options)).toThrow(`Expected \`${option}\` to be one`);
+  for (const value of ['batch_mask', 'token', 'token_keep', 'mask']) {
+    named(
+      { rolloutCorrection: value },
+      `Expected \`rolloutCorrection\` to be one of none, token_truncate, token_mask, sequence_truncate, sequence_mask, geometric_truncate, geometric_mask, received "${value}"`,
+    );
+  }
+  for (const value of ['k4', 'k1++', '+']) {
+    test(`an estimator ${value} is refused by the name of the option`, () => {
+      const options = { klEstimator: value } as unknown as PolicyLossOptions;
+      expect(() => policyLossSync(everything, options)).toThrow('Expected `klEstimator` to be one');
     });
   }
 });
@@ -213,6 +213,7 @@ describe('numbers', () => {
     number({ [option]: -1 }, `Expected \`${native}\` to be at least 0, received -1`);
   }
   number({ epsilon: '0.2' }, 'Expected `epsilon` to be a number, received "0.2"');
+  number({ lossType: 'clip_cov', seed: 1.5 }, 'Expected `seed` to be an integer, received 1.5');
   number({ dualClip: 1 }, 'Expected `dual_clip` above 1, received 1');
   number({ dualClip: 0.5 }, 'Expected `dual_clip` above 1, received 0.5');
   number(

@@ -4,15 +4,20 @@ import { describe, expect, test } from 'vitest';
 import { native } from '../../lib/native/load.ts';
 import {
   type LossAggregation,
+  type PolicyLossInputs,
   type PolicyLossOptions,
   policyLossSync,
 } from '../../lib/ops/policy_loss.ts';
 import { assertBitwise, assertClose, type Tolerance } from '../helpers/assert_close.ts';
 import { Random } from '../helpers/random.ts';
 import { forEachSimdLevel } from '../helpers/simd.ts';
+import { policyLossReference } from '../reference/policy_loss.ts';
+import { settingsOf } from '../reference/policy_loss_settings.ts';
 import {
   type Arrays,
   arrays,
+  batchOf,
+  compare,
   data,
   EVERYTHING,
   type Given,
@@ -51,7 +56,6 @@ describe('packed sequences equal the padded batch they come from', () => {
         ...drawn.options,
         ...EVERYTHING,
         maxCompletionLength: 17,
-        // FIPO counts masked slots as distance: those behind the end of a sequence never matter.
       };
       const a = arrays(random, 6, 17);
       const { inputs, kept } = packedInputs(a, given);
@@ -73,6 +77,30 @@ describe('packed sequences equal the padded batch they come from', () => {
       for (const [name, value] of Object.entries(padded.metrics)) {
         assertClose([packed.metrics[name] as number], [value], METRIC, `${name} of ${what}`);
       }
+    }
+  });
+
+  test('ragged and empty sequences equal the reference, 200 random combinations', () => {
+    const random = new Random(22);
+    for (let i = 0; i < 200; i++) {
+      const { given, options, drift } = randomCase(random, i);
+      // Any cut of one long row: some sequences are empty, some longer than every vector.
+      const tokens = 1 + random.int(120);
+      const a = arrays(random, 1, tokens, drift);
+      const sequences = 1 + random.int(9);
+      const cuts = Array.from({ length: sequences - 1 }, () => random.int(tokens + 1));
+      const offsets = [0, ...cuts.sort((x, y) => x - y), tokens];
+      const advantages = random.normals(sequences);
+      const groupIds = random.ints(sequences, 3);
+      const flat = { ...batchOf(a, given), offsets, groupIds };
+      const batch = { ...flat, ...(!given.tokenAdvantages && { advantages }) };
+      const want = policyLossReference(batch, settingsOf(options, given.rollout ?? false));
+      const { offsets: _, advantagesPerToken: __, ...inputs } = batch;
+      const cuSeqlens = Int32Array.from(offsets);
+      forEachSimdLevel(() => {
+        const call = { ...inputs, cuSeqlens } as unknown as PolicyLossInputs;
+        compare(policyLossSync(call, { ...options, ...EVERYTHING }), want);
+      });
     }
   });
 

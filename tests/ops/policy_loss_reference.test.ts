@@ -51,6 +51,32 @@ describe('analytic gradient equals central differences of the frozen loss', () =
   });
 });
 
+test('the cases reach what they are for: every fraction is between none and all somewhere', () => {
+  const seen = new Map<string, number[]>();
+  for (const [i, { given, options, drift }] of systematicCases().entries()) {
+    const a = arrays(new Random(100 + i), 9, 37, drift);
+    const settings = settingsOf(options, given.rollout ?? false);
+    const { metrics } = policyLossReference(batchOf(a, given), settings);
+    for (const [name, value] of Object.entries(metrics)) {
+      if (!Number.isNaN(value)) seen.set(name, [...(seen.get(name) ?? []), value]);
+    }
+  }
+  const fractions = [...seen.keys()].filter((name) =>
+    /clip_ratio|trust_region|dropped|kept|safety|clamped|ratio\/(high|low)|rejected/.test(name),
+  );
+  expect(fractions.length).toBe(20);
+  for (const name of fractions) {
+    const inside = (seen.get(name) ?? []).filter((x) => x > 0 && x < 1);
+    expect(inside.length, name).toBeGreaterThan(0);
+  }
+  // Nothing else is constant, and no case leaves the finite.
+  for (const [name, values] of seen) {
+    expect(values.every(Number.isFinite), name).toBe(true);
+    const constant = new Set(values).size === 1;
+    expect(constant, `${name} is always ${values[0]}`).toBe(name === 'non_finite');
+  }
+});
+
 test('quantile interpolates between ranks, and takes a rank that is an integer but for rounding', () => {
   expect(quantile([3, 1, 2], 0.5)).toBe(2);
   expect(quantile([1, 2], 0.25)).toBe(1.25);
