@@ -13,5 +13,12 @@ export {
 } from './errors.ts';
 export type { MemoryStats } from './native/addon.ts';
 export * from './ops/index.ts';
-export { type Device, memoryStats, Tensor, type TensorOptions, tidy } from './tensor.ts';
+export {
+  type Device,
+  emptyCache,
+  memoryStats,
+  Tensor,
+  type TensorOptions,
+  tidy,
+} from './tensor.ts';
 export { version } from './version.ts';

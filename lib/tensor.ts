@@ -230,3 +230,11 @@ function collect(value: unknown, into: Set<Tensor>): void {
 export function memoryStats(): MemoryStats {
   return native().memoryStats();
 }
+
+/**
+ * Gives memory back to the system. Freed blocks of 4 MiB and more are kept, up to a sixteenth of the
+ * machine's memory, because new pages from the system cost more than most ops do.
+ */
+export function emptyCache(): void {
+  native().emptyCache();
+}

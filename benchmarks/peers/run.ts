@@ -69,9 +69,12 @@ function statusBytes(field: string): number {
 }
 
 /** Extra resident bytes at the peak of one run, as peer.py measures its own. */
-function peakOfOurs(workload: Workload): number {
+async function peakOfOurs(workload: Workload): Promise<number> {
   const ours = workload.ours();
   for (const tensor of ours.run()) tensor.dispose();
+  // The arrays that the inputs were made from must not be freed during the run.
+  (globalThis as unknown as { gc(): void }).gc();
+  await new Promise((resolve) => setTimeout(resolve, 100));
   writeFileSync('/proc/self/clear_refs', '5');
   const before = statusBytes('VmRSS');
   const results = ours.run();
@@ -87,8 +90,8 @@ interface Row {
   readonly ours_ms: number;
   readonly peer_ms: number;
   readonly ratio: number;
-  readonly ours_peak_mib?: number;
-  readonly peer_peak_mib?: number;
+  readonly ours_working_mib?: number;
+  readonly peer_working_mib?: number;
 }
 
 async function compare(peer: Peer, workload: Workload, threads: number): Promise<Row> {
@@ -101,15 +104,16 @@ async function compare(peer: Peer, workload: Workload, threads: number): Promise
     times.peer.push(Number((await peer.ask({ op: 'rep' }))['seconds']));
   }
   ours.dispose();
-  const memory: { ours_peak_mib?: number; peer_peak_mib?: number } = {};
-  if (workload.memory && process.platform === 'linux') {
+  const memory: { ours_working_mib?: number; peer_working_mib?: number } = {};
+  if (workload.gradients !== undefined && process.platform === 'linux') {
     const { stdout } = spawnSync(
       process.execPath,
-      [...process.execArgv, fileURLToPath(import.meta.url), '--peak', workload.name],
+      [...process.execArgv, '--expose-gc', fileURLToPath(import.meta.url), '--peak', workload.name],
       { encoding: 'utf8', stdio: ['ignore', 'pipe', 'inherit'] },
     );
-    memory.ours_peak_mib = Number(stdout) / 2 ** 20;
-    memory.peer_peak_mib = Number((await peer.ask({ op: 'peak' }))['peak_bytes']) / 2 ** 20;
+    const peak = Number((await peer.ask({ op: 'peak' }))['peak_bytes']);
+    memory.ours_working_mib = (Number(stdout) - workload.gradients.ours) / 2 ** 20;
+    memory.peer_working_mib = (peak - workload.gradients.peer) / 2 ** 20;
   }
   await peer.ask({ op: 'teardown' });
   const [oursMs, peerMs] = [median(times.ours) * 1e3, median(times.peer) * 1e3];
@@ -127,9 +131,9 @@ async function compare(peer: Peer, workload: Workload, threads: number): Promise
 function tableLine(row: Row): string {
   const ms = (value: number) => (value < 100 ? value.toPrecision(3) : value.toFixed(0));
   const memory =
-    row.ours_peak_mib === undefined || row.peer_peak_mib === undefined
+    row.ours_working_mib === undefined || row.peer_working_mib === undefined
       ? ''
-      : `${row.ours_peak_mib.toFixed(0)} / ${row.peer_peak_mib.toFixed(0)} MiB`;
+      : `${row.ours_working_mib.toFixed(0)} / ${row.peer_working_mib.toFixed(0)} MiB`;
   return `| ${row.workload} | ${row.peer} | ${ms(row.ours_ms)} | ${ms(row.peer_ms)} | **${row.ratio.toFixed(1)}×** | ${memory} |`;
 }
 
@@ -149,7 +153,7 @@ async function main(): Promise<void> {
     console.log(
       `${info['cpu_model']}, ${threads} threads each; vlm-grpo with ${simd}; PyTorch ${info['torch']} (${info['cpu_capability']}), TRL ${info['trl']}\n`,
     );
-    console.log('| workload | peer | ours, ms | peer, ms | ratio | extra peak memory |');
+    console.log('| workload | peer | ours, ms | peer, ms | ratio | working memory |');
     console.log('|---|---|--:|--:|--:|--:|');
   }
   for (const workload of WORKLOADS) {
@@ -163,7 +167,7 @@ async function main(): Promise<void> {
 if (options.peak !== undefined) {
   const workload = WORKLOADS.find(({ name }) => name === options.peak);
   if (workload === undefined) throw new Error(`No workload ${options.peak}`);
-  console.log(peakOfOurs(workload));
+  console.log(await peakOfOurs(workload));
 } else {
   await main();
 }

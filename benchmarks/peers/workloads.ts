@@ -32,8 +32,11 @@ export interface Workload {
   readonly peer: Readonly<Record<string, unknown>>;
   /** Repetitions of each side. */
   readonly reps: number;
-  /** Also compare the extra peak memory. */
-  readonly memory?: boolean;
+  /**
+   * Bytes of the gradients that each side returns: the peak memory of a run is compared as well,
+   * beyond inputs and these.
+   */
+  readonly gradients?: { readonly ours: number; readonly peer: number };
   ours(): Ours;
 }
 
@@ -205,6 +208,12 @@ const logits = { batch: 8, length: 128, vocab: 32_000, dtype: 'f32' };
 const bigVocab = { batch: 2, length: 128, vocab: 151_936, dtype: 'bf16' };
 const head = { workload: 'linear_logprobs', rows: 512, hidden: 1024, vocab: 151_936 };
 
+/** Ours are f32 by default, the peer's have the dtype of the weights. */
+function headGradients(dtype: LogitsDType) {
+  const size = head.vocab * head.hidden + head.rows * head.hidden;
+  return { ours: 4 * size, peer: (dtype === 'f32' ? 4 : 2) * size };
+}
+
 /** In the order of the table. `keep`: the peer's allocator never returns memory, its best case. */
 export const WORKLOADS: readonly Workload[] = [
   {
@@ -291,7 +300,7 @@ export const WORKLOADS: readonly Workload[] = [
       peerName: 'matmul + log-softmax, autograd',
       peer: { ...head, dtype, warmup: 1 },
       reps: 3,
-      memory: true,
+      gradients: headGradients(dtype),
       ours: () => linear(dtype, false),
     },
     {
@@ -300,7 +309,7 @@ export const WORKLOADS: readonly Workload[] = [
       peerName: 'matmul + log-softmax, autograd',
       peer: { ...head, dtype, warmup: 1 },
       reps: 3,
-      memory: true,
+      gradients: headGradients(dtype),
       ours: () => linear(dtype, true),
     },
   ]),

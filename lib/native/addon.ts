@@ -45,6 +45,8 @@ export interface MemoryStats {
   readonly liveTensors: number;
   readonly liveBytes: number;
   readonly peakBytes: number;
+  /** Freed blocks that are kept for the next tensor of their size; see `emptyCache()`. */
+  readonly cachedBytes: number;
 }
 
 export interface NativeAddon {
@@ -54,6 +56,7 @@ export interface NativeAddon {
   info(): NativeInfo;
   memoryStats(): MemoryStats;
   setSimdLevel(name: string): void;
+  emptyCache(): void;
   /** 0 restores the default. */
   setThreads(threads: number): void;
   abortJob(id: number): void;

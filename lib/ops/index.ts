@@ -76,7 +76,11 @@ export {
   linearLogprobsSync,
   linearLogprobsWorkspace,
 } from './linear_logprobs.ts';
-export { POLICY_LOSS_PRESETS, type PolicyLossPreset } from './policy_loss.presets.ts';
+export {
+  POLICY_LOSS_PRESETS,
+  type PolicyLossPreset,
+  policyLossPreset,
+} from './policy_loss.presets.ts';
 export {
   type ImportanceSamplingLevel,
   type KlEstimator,

@@ -47,7 +47,12 @@ Napi::Value Memory(const Napi::CallbackInfo& info) {
   out.Set("liveTensors", static_cast<double>(stats.live_storages));
   out.Set("liveBytes", static_cast<double>(stats.live_bytes));
   out.Set("peakBytes", static_cast<double>(stats.peak_bytes));
+  out.Set("cachedBytes", static_cast<double>(stats.cached_bytes));
   return out;
+}
+
+void EmptyCache(const Napi::CallbackInfo&) {
+  EmptyStorageCache();
 }
 
 void AbortJob(const Napi::CallbackInfo& info) {
@@ -61,6 +66,7 @@ void RegisterRuntime(Napi::Env env, Napi::Object exports) {
   exports.Set("setSimdLevel", Napi::Function::New<SetSimd>(env, "setSimdLevel"));
   exports.Set("setThreads", Napi::Function::New<SetThreads>(env, "setThreads"));
   exports.Set("memoryStats", Napi::Function::New<Memory>(env, "memoryStats"));
+  exports.Set("emptyCache", Napi::Function::New<EmptyCache>(env, "emptyCache"));
   exports.Set("abortJob", Napi::Function::New<AbortJob>(env, "abortJob"));
 }
 

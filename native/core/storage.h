@@ -28,7 +28,11 @@ class Storage {
 // Counted over the whole process.
 struct MemoryStats {
   int64_t live_storages, live_bytes, peak_bytes;
+  int64_t cached_bytes;  // freed blocks that are kept for the next allocation of their size
 };
 MemoryStats GetMemoryStats();
+
+// Gives freed blocks back to the system.
+void EmptyStorageCache();
 
 }  // namespace vlm_grpo

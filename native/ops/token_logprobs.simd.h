@@ -157,16 +157,17 @@ void ForwardRow(const LogitsRow& row, RowStats* stats) {
   const T* x = static_cast<const T*>(row.x);
   const RowReader reader = ReaderOf(row);
   const float a2 = static_cast<float>(std::min(log2e / row.temperature, 3e38));
-  // Whole blocks of rows that need no transform are summed where they lie; others go through here.
+  // For what cannot be summed where it lies: transformed rows, and the last few logits of others.
   alignas(64) float staged[kRowBlock];
 
   float top = -inf;
   bool has_masked = false;  // a logit of -inf was met
   double sum = 0, weighted = 0, squares = 0;
-  for (int64_t begin = 0; begin < row.vocab; begin += kRowBlock) {
-    const int64_t count = std::min(kRowBlock, row.vocab - begin);
+  for (int64_t begin = 0, count; begin < row.vocab; begin += count) {
+    count = std::min(kRowBlock, row.vocab - begin);
+    const bool direct = !kTransform && !kKeep && count >= kSumStep;
+    if (direct) count -= count % kSumStep;
     const int64_t padded = (count + kSumStep - 1) / kSumStep * kSumStep;
-    const bool direct = !kTransform && !kKeep && count == kRowBlock;
     if (!direct) {
       int64_t i = 0;
       for (; i + kLanes <= count; i += kLanes) {

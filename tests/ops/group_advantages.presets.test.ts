@@ -50,7 +50,7 @@ function run(preset: GroupAdvantagesPreset, options: object = {}) {
     .advantages;
 }
 
-describe('presets of groupAdvantages, by each project’s formula', () => {
+describe('presets of groupAdvantages, by each project’s formula (pitfall 26)', () => {
   it('trl: std + 1e-4, a lone completion gets 0', () => {
     assertClose(run('trl'), expected(stdPlus(1e-4)), TOLERANCE);
     assertClose(run('trl', { estimator: 'rloo' }), expected(rloo), TOLERANCE);

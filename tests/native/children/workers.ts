@@ -43,7 +43,7 @@ async function together(): Promise<void> {
 }
 
 async function terminate(): Promise<void> {
-  for (let i = 0; i < 12; i++) {
+  for (let i = 0; i < 8; i++) {
     const worker = startWorker('flood');
     await message(worker);
     // Now, soon, and when its results are about to arrive.

@@ -1,0 +1,147 @@
+// tests/README.md maps the field's known bugs to the tests that guard against them. A test names the
+// ones it covers in its title ("pitfall 24: ...", "pitfalls 10 and 11: ...", "... (pitfall 9)").
+// This script builds the table from those titles (--write), and fails when it is out of date or when
+// a pitfall has neither a test nor a reason.
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+const root = join(dirname(fileURLToPath(import.meta.url)), '..');
+
+const PITFALLS = [
+  'vocabularies that are no multiple of a tile: phantom columns, reads past the end',
+  'log-soft-max in bf16: 4e-3 off',
+  '-inf logits: 0 · (-inf) in the entropy and its gradient',
+  'huge logits, +inf, NaN, constant and one-hot rows',
+  'a first tile of -inf in an online soft-max',
+  'products beyond 65504 in f16',
+  'order of scale, softcap and temperature; slope of the softcap',
+  'temperature: defaults, per token',
+  'in-place gradients that spoil logits still needed',
+  'gradient of the entropy dropped',
+  'upstream gradient ignored',
+  'gradients of hidden, weight, bias alone and skipped',
+  'gradient of the weight summed over chunks in 16 bits',
+  'slow casts around matrix products',
+  'f32 turned into f64 or back by constants',
+  'more than 2^31 elements, more than 65535 rows',
+  'ignored and out-of-range ids',
+  'log-probs off by one position',
+  'vocabulary split over ranks',
+  'results that depend on the batch, on threads or on the run',
+  'gradient filtering that forgets the advantage',
+  'memory kept by graphs, closures, results',
+  'groups of one',
+  'equal rewards whose computed deviation is not 0',
+  'leave-one-out deviation of small groups',
+  'Bessel or population; epsilon added, maximum, under the root',
+  'missing rewards',
+  'GPG counts non-zero rewards; MaxRL with means below 0',
+  'clipping and KL before or after the baseline',
+  'ragged, interleaved and shuffled groups',
+  'returns and GAE across tool output',
+  'whitening over no token or one',
+  "deviation of the batch reported as the group's",
+  'whitening a single sample',
+  'exp overflows in masked slots: Infinity · 0',
+  'a clamped ratio has no gradient, an unclamped one overflows',
+  'k3: cancellation, overflow, no gradient when clamped',
+  'gradients of KL estimators',
+  'on-policy shortcut: ratio 1 with its gradient',
+  'gradient into old, reference and rollout log-probs, advantages, weights',
+  'bound of CISPO; its gradient when clipped',
+  'SAPO at A = 0',
+  'GSPO: sum or mean, padding, aggregation',
+  'GMPO over uneven micro-batches; overflow',
+  'two-sided and dual clips and their metrics',
+  'log-space clip with epsilon 1',
+  'importance weights: order, product or geometric mean, shape',
+  'infinite weights, filtered sequences, sign of k1',
+  'denominators after rejection',
+  'entropy quantile over padding, and on the KL',
+  'random choices without a seed; statistics of the batch',
+  'accumulation: mean of means',
+  'horizon of Dr. GRPO',
+  'truncated and empty rows in denominators',
+  'metrics: masked minima, clamped fractions, 0/0',
+  'metrics that make the device wait',
+  'views, shared and detached buffers, wrong types, garbage collection, workers',
+];
+
+/** Those that no test can cover here, and why. */
+const REASONS = {
+  14: 'speed is not asserted in tests: `npm run bench -- linear_logprobs` prints the share of the arithmetic limit',
+  18: 'the ops take logits and ids already aligned: row t predicted `ids[t]`; there is no shift to get wrong',
+  19: 'no op splits the vocabulary over ranks',
+  21: 'gradients are never filtered',
+};
+
+function testFiles(folder) {
+  return readdirSync(join(root, folder), { withFileTypes: true })
+    .flatMap((entry) => {
+      const path = `${folder}/${entry.name}`;
+      return entry.isDirectory() ? testFiles(path) : [path];
+    })
+    .filter((path) => /\.test\.ts$|_test\.cc$/.test(path))
+    .sort();
+}
+
+const tests = new Map(PITFALLS.map((_, i) => [i + 1, []]));
+for (const path of testFiles('tests')) {
+  for (const [, list] of readFileSync(join(root, path), 'utf8').matchAll(
+    /pitfalls? (\d+(?:(?:, | and |-|–)\d+)*)/g,
+  )) {
+    for (const range of list.split(/, | and /)) {
+      const [first, last = first] = range.split(/[-–]/).map(Number);
+      for (let n = first; n <= last; n++) {
+        const files = tests.get(n);
+        if (files !== undefined && !files.includes(path)) files.push(path);
+      }
+    }
+  }
+}
+
+const problems = [];
+const rows = PITFALLS.map((what, i) => {
+  const files = tests.get(i + 1);
+  if (files.length === 0 && REASONS[i + 1] === undefined)
+    problems.push(`pitfall ${i + 1} (${what}) has no test`);
+  const where = files
+    .map((path) => `[${path.slice('tests/'.length)}](${path.slice('tests/'.length)})`)
+    .join(', ');
+  return `| ${i + 1} | ${what} | ${where || REASONS[i + 1] || ''} |`;
+});
+const readme = `<!-- The table is generated by scripts/check_pitfalls.mjs --write. -->
+# Tests
+
+\`npm test\` runs everything here but \`native/*_test.cc\`, which \`npm run test:native\` builds and runs
+without Node, and \`npm run test:sanitize\` under sanitizers.
+
+- \`ops/<op>.test.ts\`: an op against its reference, finite differences, at every SIMD level, with
+  every dtype, its edge rules, its error messages.
+- \`reference/<op>.ts\`: float64 straight from the formulas; imported by tests only.
+- \`fixtures/trl\`: what TRL's own code computed, and the script that asked it.
+- \`native/\`: threads, teardown, leaks and loading, in processes of their own; C++ tests of the kernels.
+- \`helpers/\`: comparison with named tolerances, seeded numbers, dtypes.
+
+A failing comparison prints the first bad elements and the tolerance's reason. Tolerances are named in
+\`helpers/assert_close.ts\`.
+
+## Known bugs of the field, and the tests that guard against them
+
+The number stands in the test's title.
+
+| | pitfall | tests |
+|--:|---|---|
+${rows.join('\n')}
+`;
+const target = join(root, 'tests/README.md');
+if (process.argv.includes('--write')) writeFileSync(target, readme);
+else if (readFileSync(target, 'utf8') !== readme) {
+  problems.push('tests/README.md is out of date: node scripts/check_pitfalls.mjs --write');
+}
+for (const problem of problems) console.error(`✗ ${problem}`);
+if (problems.length > 0) process.exit(1);
+console.log(
+  `pitfalls: ${PITFALLS.length}, ${PITFALLS.length - Object.keys(REASONS).length} with tests`,
+);
