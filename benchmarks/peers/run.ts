@@ -11,6 +11,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
+import { emptyCache } from '../../lib/index.ts';
 import { native } from '../../lib/native/load.ts';
 import { type Ours, WORKLOADS, type Workload } from './workloads.ts';
 
@@ -72,6 +73,7 @@ function statusBytes(field: string): number {
 async function peakOfOurs(workload: Workload): Promise<number> {
   const ours = workload.ours();
   for (const tensor of ours.run()) tensor.dispose();
+  emptyCache();
   // The arrays that the inputs were made from must not be freed during the run.
   (globalThis as unknown as { gc(): void }).gc();
   await new Promise((resolve) => setTimeout(resolve, 100));
@@ -99,8 +101,13 @@ async function compare(peer: Peer, workload: Workload, threads: number): Promise
   const ours = workload.ours();
   for (let i = 0; i < 2; i++) timeOurs(ours);
   const times: { ours: number[]; peer: number[] } = { ours: [], peer: [] };
+  // A pause before each turn: OpenMP's threads spin for a while after their work, and would take a
+  // core from whoever comes next.
+  const pause = () => new Promise((resolve) => setTimeout(resolve, 5));
   for (let rep = 0; rep < workload.reps; rep++) {
+    await pause();
     times.ours.push(timeOurs(ours));
+    await pause();
     times.peer.push(Number((await peer.ask({ op: 'rep' }))['seconds']));
   }
   ours.dispose();
