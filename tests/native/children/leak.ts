@@ -35,7 +35,7 @@ const bodies: Record<string, () => unknown> = {
 
 const body = bodies[process.argv[2] as string];
 if (body === undefined) throw new Error(`No mode ${process.argv[2]}`);
-for (let i = 0; i < 1000; i++) await body();
+for (let i = 0; i < 2000; i++) await body();
 await settle();
 const before = process.memoryUsage().rss;
 for (let i = 0; i < 10_000; i++) {
@@ -47,8 +47,9 @@ const live = memoryStats().liveBytes;
 assert.ok(live < 100 * MiB, `${live} bytes alive at the end`);
 await settle();
 const growth = process.memoryUsage().rss - before;
-// malloc keeps what was freed late in pieces; the leak would be 312 MiB.
-const allowed = process.argv[2] === 'forgotten' ? 100 * MiB : 16 * MiB;
+// malloc keeps what was freed late or by another thread in pieces, up to some 30 MiB seen; a copy of
+// the logits kept per call would be 312 MiB, and shows in memoryStats() below whatever its size.
+const allowed = process.argv[2] === 'forgotten' ? 100 * MiB : 64 * MiB;
 assert.ok(growth < allowed, `grew by ${(growth / MiB).toFixed(1)} MiB over 10 000 calls`);
 tensor.dispose();
 await settle();
