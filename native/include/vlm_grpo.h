@@ -9,6 +9,6 @@
 #include "vlm_grpo/linear_logprobs.h"        // hidden x LM head -> log-probs, logits never stored
 #include "vlm_grpo/policy_loss.h"            // log-probs -> loss, gradient, metrics
 #include "vlm_grpo/sample_tokens.h"          // logits -> sampled ids and their log-probs
-#include "vlm_grpo/token_logprobs.h"         // logits -> log-probs of chosen ids, entropy; gradients
+#include "vlm_grpo/token_logprobs.h"         // logits -> log-probs of chosen ids, entropy
 
 #endif  // VLM_GRPO_H_
