@@ -78,6 +78,28 @@ export class InternalError extends VlmGrpoError {
 }
 
 /**
+ * What native texts call an argument, where the public option is not just its name in camelCase:
+ * the C parameters of policy_loss and TRL's words for them.
+ */
+const PUBLIC_NAMES: Readonly<Record<string, string>> = {
+  horizon: 'maxCompletionLength',
+  off_policy_threshold: 'offPolicyMaskThreshold',
+  reject_high: 'rolloutReject.high',
+  reject_low: 'rolloutReject.low',
+  rollout_level: 'rolloutCorrection',
+  rollout_max: 'rolloutClipMax',
+  rollout_min: 'rolloutClipMin',
+};
+
+function publicNames(text: string): string {
+  return text.replace(
+    /`([a-z0-9_]+)`/g,
+    (_, name: string) =>
+      `\`${PUBLIC_NAMES[name] ?? name.replace(/_(.)/g, (_match, letter: string) => letter.toUpperCase())}\``,
+  );
+}
+
+/**
  * The class that fits an error thrown by the addon, with the caller's stack: `at` is captured
  * before crossing into native code, where no JavaScript stack exists any more.
  */
@@ -86,16 +108,17 @@ export function fromNative(error: unknown, at?: Error): Error {
     return error instanceof Error ? error : new InternalError(String(error));
   }
   const options = { cause: error };
+  const message = publicNames(error.message);
   let converted: VlmGrpoError;
   switch (error.code) {
     case 'INVALID_ARGUMENT':
-      converted = new ArgumentError(error.message, options);
+      converted = new ArgumentError(message, options);
       break;
     case 'OUT_OF_MEMORY':
-      converted = new OutOfMemoryError(error.message, options);
+      converted = new OutOfMemoryError(message, options);
       break;
     default:
-      converted = new InternalError(error.message, options);
+      converted = new InternalError(message, options);
   }
   if (at?.stack !== undefined) {
     converted.stack = `${converted.name}: ${converted.message}\n${at.stack.split('\n').slice(1).join('\n')}`;

@@ -1,5 +1,6 @@
 /** From the options of policyLoss to the parameters of its native op. */
 import { ArgumentError, describe } from '../errors.ts';
+import { native } from '../native/load.ts';
 import { enumCode } from './call.ts';
 import {
   POLICY_LOSS_PRESETS,
@@ -110,8 +111,15 @@ function klParams(options: PolicyLossOptions, level: string, surrogate: string) 
   const estimator = options.klEstimator ?? 'k3';
   const plain = estimator.endsWith('+') ? estimator.slice(0, -1) : estimator;
   const limited = plain === 'low_var_kl';
+  const name = KL_ALIASES[plain] ?? plain;
+  const known = native().enums['policyLossKl'] ?? [];
+  if (!known.includes(name)) {
+    throw new ArgumentError(
+      `Expected \`klEstimator\` to be one of ${[...known, ...Object.keys(KL_ALIASES)].join(', ')} (or with a +), received ${describe(estimator)}`,
+    );
+  }
   return {
-    klEstimator: enumCode('klEstimator', 'policyLossKl', KL_ALIASES[plain] ?? plain),
+    klEstimator: enumCode('klEstimator', 'policyLossKl', name),
     klStraightThrough: plain !== estimator,
     klImportanceWeighted:
       options.useBiasCorrectionKl ?? (level !== 'sequence_token' && surrogate !== 'gmpo'),
@@ -121,9 +129,14 @@ function klParams(options: PolicyLossOptions, level: string, surrogate: string) 
   };
 }
 
-function rolloutParams(options: PolicyLossOptions, given: boolean, preset: boolean) {
+function rolloutParams(
+  options: PolicyLossOptions,
+  given: boolean,
+  preset: boolean,
+  surrogate: string,
+) {
   // A correction that only the preset asks for is dropped where there is nothing to correct.
-  const applies = given && (options.ratioAnchor ?? 'old') === 'old';
+  const applies = given && (options.ratioAnchor ?? 'old') === 'old' && surrogate !== 'real';
   const correction = preset && !applies ? 'none' : (options.rolloutCorrection ?? 'none');
   if (!ROLLOUT_CORRECTIONS.includes(correction)) {
     throw new ArgumentError(
@@ -133,6 +146,11 @@ function rolloutParams(options: PolicyLossOptions, given: boolean, preset: boole
   const split = correction.lastIndexOf('_');
   const level = split < 0 ? correction : correction.slice(0, split);
   const reject = options.rolloutReject;
+  if (reject !== undefined && !['k1', 'k2', 'k3'].includes(reject.statistic)) {
+    throw new ArgumentError(
+      `Expected \`rolloutReject.statistic\` to be one of k1, k2, k3, received ${describe(reject.statistic)}`,
+    );
+  }
   return {
     rolloutLevel: enumCode('rolloutCorrection', 'policyLossRolloutLevel', level),
     rolloutMode:
@@ -169,7 +187,7 @@ function optionParams(
   const form = options.dppoForm ?? loss.dppoForm ?? 'score';
   const entropyAggregation = options.entropyAggregation;
   const kl = klParams(options, level, loss.surrogate);
-  const correction = rolloutParams(options, rollout, !ownCorrection);
+  const correction = rolloutParams(options, rollout, !ownCorrection, loss.surrogate);
   // One literal, with the caller's fields in it: an object that grows field by field becomes a hash
   // table, and reading seventy fields of that takes longer than a small call.
   return {

@@ -28,7 +28,9 @@ export const POLICY_LOSS_PRESETS = {
   /**
    * verl, `vanilla`. Log-ratio within ±20, dual clip at 3, `low_var_kl`, sequences without tokens do
    * not count. Its gspo is GSPO-token with a log-ratio of at most 10 and its cispo clips to 1 ± ε;
-   * both bounds of IcePop and rejection are options, off by default, as is truncation at 2.
+   * both bounds of IcePop and rejection are options, off by default, as is truncation at 2. Its
+   * dppo caps the ratio at `clip_ratio_c`, which its shipped configuration sets to 3: give
+   * `dppoRatioCap: 3` for that.
    */
   verl: {
     options: {
@@ -69,8 +71,10 @@ export const POLICY_LOSS_PRESETS = {
   },
   /**
    * ms-swift. As TRL, but `low_var_kl` without the ratio, and rollout weights (off by default,
-   * threshold 2, log-weight within ±20) multiply policy term and KL alike; what it calls `sequence`
-   * is the geometric mean: `geometric_truncate`, `geometric_mask`.
+   * threshold 2, log-weight within ±20) multiply policy term and KL alike. Its `sequence_truncate` is
+   * `geometric_truncate`; its `sequence_mask` keeps token weights and drops whole sequences by their
+   * geometric mean: `token_truncate` without a bound and a rejection on the mean of k1 with effect
+   * `zero` (docs/semantics.md).
    */
   'ms-swift': {
     options: {
@@ -88,7 +92,8 @@ export const POLICY_LOSS_PRESETS = {
    * slime. Mean over samples of the token mean, no limit on the log-ratio, dual clip off; its
    * `low_var_kl` limits the estimate (after the ratio, when weighted) to ±10 and the log-ratio not at
    * all; the entropy is averaged as the loss is; TIS off by default, truncating at 2. Its cispo clips
-   * to 1 ± ε.
+   * to 1 ± ε. Its k1 (the default of its command line), k2 and plain k3 have no limit: give
+   * `klClamp: 0` with them.
    */
   slime: {
     options: {

@@ -15,6 +15,8 @@
 namespace vlm_grpo {
 
 constexpr int kMaxLanes = 8;
+// Larger groups are spread over the lanes; smaller ones have a lane each, in a block on the stack.
+constexpr int64_t kLaneRows = 256;
 
 // A block of groups, or one big group, for the kernels of group_advantages.simd.h.
 struct GroupLanes {
@@ -33,6 +35,18 @@ struct GroupFormula {
   double epsilon, batch_mean, batch_std, factor;
 };
 
+// Consecutive groups of `size` <= kLaneRows samples, a multiple of the lanes of them.
+struct GroupTiles {
+  const float* rewards;
+  float* advantages;
+  int64_t size, groups;
+};
+struct TileFindings {
+  int64_t zero_std_groups;
+  bool infinite;
+  int64_t first_lone;  // first group with exactly one reward, or INT64_MAX
+};
+
 }  // namespace vlm_grpo
 
 #define VLM_GRPO_KERNELS "native/ops/group_advantages.simd.h"
@@ -49,8 +63,6 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr float kMissing = std::numeric_limits<float>::quiet_NaN();
 // Samples per block of ParallelFor.
 constexpr int64_t kGrain = 16384;
-// Larger groups are spread over the lanes; smaller ones have a lane each, in a block on the stack.
-constexpr int64_t kLaneRows = 256;
 
 // ---- rewards ------------------------------------------------------------------------------------
 
@@ -250,12 +262,13 @@ class GroupPass {
         findings_(findings),
         width_(VLM_GRPO_DISPATCH(kGroupLanes)),
         statistics_(VLM_GRPO_DISPATCH(GroupStatistics)),
-        apply_(VLM_GRPO_DISPATCH(GroupApply)) {}
+        apply_(VLM_GRPO_DISPATCH(GroupApply)),
+        tiled_(CanTile()) {}
 
   void Run(int64_t begin, int64_t end) {
     alignas(64) double x[kLaneRows * kMaxLanes], extra[kLaneRows * kMaxLanes];
     alignas(64) double total[kLaneRows * kMaxLanes];
-    for (int64_t g = begin; g < end;) {
+    for (int64_t g = tiled_ ? RunTiles(begin, end) : begin; g < end;) {
       Block block{&groups_, g, 1, width_, {}};
       if (groups_.Size(g) > kLaneRows) {
         const int64_t rows = (groups_.Size(g) + width_ - 1) / width_;
@@ -283,6 +296,33 @@ class GroupPass {
   }
 
  private:
+  // Whether rewards become advantages with nothing else to read or write on the way.
+  bool CanTile() const {
+    return groups_.fixed() && groups_.count() > 0 && groups_.Size(0) <= kLaneRows &&
+           args_.aggregation == VLM_GRPO_SUM_THEN_NORMALIZE && args_.costs == nullptr &&
+           args_.baseline != VLM_GRPO_BASELINE_LENGTH_WEIGHTED &&
+           args_.baseline != VLM_GRPO_BASELINE_GIVEN &&
+           args_.baseline != VLM_GRPO_BASELINE_OPTIMAL_VALUE &&
+           args_.scale != VLM_GRPO_SCALE_LEAVE_ONE_OUT && args_.whiten == VLM_GRPO_WHITEN_NONE &&
+           std::isinf(args_.advantage_min) && std::isinf(args_.advantage_max) &&
+           args_.advantages != nullptr && args_.group_mean == nullptr &&
+           args_.group_std == nullptr && args_.keep == nullptr;
+  }
+
+  // As many groups as fill all lanes; returns the first one left.
+  int64_t RunTiles(int64_t begin, int64_t end) {
+    const int64_t size = groups_.Size(0), count = (end - begin) / width_ * width_;
+    TileFindings found;
+    VLM_GRPO_DISPATCH(RunGroupTiles)
+    ({shaped_ + begin * size, args_.advantages + begin * size, size, count}, formula_, found);
+    zero_std_groups_ += found.zero_std_groups;
+    if (found.infinite) findings_.infinite = true;
+    if (found.first_lone != INT64_MAX && formula_.uses_group) {
+      findings_.Lone((begin + found.first_lone) * size);
+    }
+    return begin + count;
+  }
+
   void RunBlock(Block& block, double* total) {
     GroupLanes& lanes = block.lanes;
     if (formula_.baseline == VLM_GRPO_BASELINE_GIVEN) {
@@ -293,8 +333,7 @@ class GroupPass {
     bool spread[kMaxLanes] = {}, measured[kMaxLanes] = {}, lone[kMaxLanes] = {};
     if (args_.aggregation == VLM_GRPO_SUM_THEN_NORMALIZE) {
       if (block.Dense()) {
-        VLM_GRPO_DISPATCH(LoadGroups)
-        (shaped_ + groups_.First(block.first), lanes.rows, lanes.x);
+        VLM_GRPO_DISPATCH(LoadGroupLanes)(shaped_ + groups_.First(block.first), lanes);
       } else {
         block.Gather(shaped_, 1, lanes.x);
       }
@@ -390,8 +429,8 @@ class GroupPass {
     const bool mark = args_.whiten != VLM_GRPO_WHITEN_NONE;
     const int64_t step = block.lanes.one_group ? 1 : width_;
     if (!clip && !mark && block.Dense()) {
-      VLM_GRPO_DISPATCH(StoreGroups)
-      (block.lanes.x, block.lanes.rows, args_.advantages + groups_.First(block.first));
+      VLM_GRPO_DISPATCH(StoreGroupLanes)
+      (block.lanes, args_.advantages + groups_.First(block.first));
       return;
     }
     const int32_t* order = groups_.order();
@@ -419,6 +458,7 @@ class GroupPass {
   const int width_;
   void (*const statistics_)(GroupLanes&, bool);
   void (*const apply_)(GroupLanes&, const GroupFormula&);
+  const bool tiled_;
   int64_t zero_std_groups_ = 0;
 };
 

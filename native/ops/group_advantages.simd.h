@@ -14,69 +14,98 @@ constexpr int kGroupLanes = kDoubles;
 
 // ---- consecutive groups of one size: [groups][size] floats <-> [size][lanes] doubles ------------
 
-// Transposes kDoubles vectors of kDoubles floats, exchanging blocks of 1, 2, 4 elements.
-VLM_GRPO_INLINE void Transpose(H* rows) {
+// Swaps the off-diagonal blocks of kWidth x kWidth elements in every square of twice that width.
+// The width is a template argument so that the indices are constants.
+template <int kWidth>
+VLM_GRPO_INLINE void SwapBlocks(H* rows) {
   typedef int32_t Pick __attribute__((vector_size(VLM_GRPO_LANES * 2)));
-  for (int width = 1; width < kDoubles; width *= 2) {
-    Pick upper, lower;  // lanes kDoubles and above are those of the second operand
-    for (int lane = 0; lane < kDoubles; lane++) {
-      upper[lane] = (lane & width) != 0 ? kDoubles + lane - width : lane;
-      lower[lane] = (lane & width) != 0 ? kDoubles + lane : lane + width;
-    }
-    for (int i = 0; i < kDoubles; i++) {
-      if ((i & width) != 0) continue;
-      const H a = rows[i], b = rows[i + width];
+  Pick upper = {}, lower = {};  // lanes kDoubles and above are those of the second operand
+  for (int lane = 0; lane < kDoubles; lane++) {
+    upper[lane] = (lane & kWidth) != 0 ? kDoubles + lane - kWidth : lane;
+    lower[lane] = (lane & kWidth) != 0 ? kDoubles + lane : lane + kWidth;
+  }
+  for (int i = 0; i < kDoubles; i++) {
+    if ((i & kWidth) != 0) continue;
+    const H a = rows[i], b = rows[i + kWidth];
 #if defined(__clang__)
-      for (int lane = 0; lane < kDoubles; lane++) {
-        const int u = upper[lane], l = lower[lane];
-        rows[i][lane] = u < kDoubles ? a[u] : b[u - kDoubles];
-        rows[i + width][lane] = l < kDoubles ? a[l] : b[l - kDoubles];
-      }
-#else
-      rows[i] = __builtin_shuffle(a, b, upper);
-      rows[i + width] = __builtin_shuffle(a, b, lower);
-#endif
+    for (int lane = 0; lane < kDoubles; lane++) {
+      const int u = upper[lane], l = lower[lane];
+      rows[i][lane] = u < kDoubles ? a[u] : b[u - kDoubles];
+      rows[i + kWidth][lane] = l < kDoubles ? a[l] : b[l - kDoubles];
     }
+#else
+    rows[i] = __builtin_shuffle(a, b, upper);
+    rows[i + kWidth] = __builtin_shuffle(a, b, lower);
+#endif
   }
 }
 
-void LoadGroups(const float* rewards, int64_t size, double* x) {
-  int64_t j = 0;
-  for (; j + kDoubles <= size; j += kDoubles) {
+// Transposes kDoubles vectors of kDoubles floats.
+VLM_GRPO_INLINE void Transpose(H* rows) {
+  SwapBlocks<1>(rows);
+  if constexpr (kDoubles > 2) SwapBlocks<2>(rows);
+  if constexpr (kDoubles > 4) SwapBlocks<4>(rows);
+}
+
+// `columns` floats at p, kDoubles at most.
+VLM_GRPO_INLINE H LoadColumns(const float* p, int64_t columns) {
+  H h = {};
+  std::memcpy(&h, p, columns * sizeof(float));
+  return h;
+}
+
+// Groups of kDoubles samples or more go in tiles of kDoubles columns, the last of which may overlap
+// the one before; smaller ones in a single tile.
+VLM_GRPO_INLINE void LoadGroups(const float* rewards, int64_t size, double* x) {
+  const int64_t columns = size < kDoubles ? size : kDoubles;
+  for (int64_t at = 0; at < size; at += kDoubles) {
+    const int64_t j = at < size - columns ? at : size - columns;
     H tile[kDoubles];
-    for (int i = 0; i < kDoubles; i++) {
-      std::memcpy(&tile[i], rewards + i * size + j, sizeof tile[i]);
+    if (size >= kDoubles) {
+      for (int i = 0; i < kDoubles; i++) tile[i] = LoadColumns(rewards + i * size + j, kDoubles);
+    } else {
+      for (int i = 0; i < kDoubles; i++) tile[i] = LoadColumns(rewards + i * size, size);
     }
     Transpose(tile);
-    for (int i = 0; i < kDoubles; i++) {
+    for (int i = 0; i < columns; i++) {
       StoreD(x + (j + i) * kDoubles, __builtin_convertvector(tile[i], D));
     }
   }
-  for (; j < size; j++) {
-    for (int i = 0; i < kDoubles; i++) x[j * kDoubles + i] = rewards[i * size + j];
-  }
 }
 
-void StoreGroups(const double* x, int64_t size, float* out) {
-  int64_t j = 0;
-  for (; j + kDoubles <= size; j += kDoubles) {
-    H tile[kDoubles];
-    for (int i = 0; i < kDoubles; i++) {
+VLM_GRPO_INLINE void StoreGroups(const double* x, int64_t size, float* out) {
+  const int64_t columns = size < kDoubles ? size : kDoubles;
+  for (int64_t at = 0; at < size; at += kDoubles) {
+    const int64_t j = at < size - columns ? at : size - columns;
+    H tile[kDoubles] = {};
+    for (int i = 0; i < columns; i++) {
       tile[i] = __builtin_convertvector(LoadD(x + (j + i) * kDoubles), H);
     }
     Transpose(tile);
-    for (int i = 0; i < kDoubles; i++) {
-      std::memcpy(out + i * size + j, &tile[i], sizeof tile[i]);
+    if (size >= kDoubles) {
+      for (int i = 0; i < kDoubles; i++) std::memcpy(out + i * size + j, &tile[i], sizeof tile[i]);
+    } else {
+      for (int i = 0; i < kDoubles; i++) {
+        std::memcpy(out + i * size, &tile[i], size * sizeof(float));
+      }
     }
   }
-  for (; j < size; j++) {
-    for (int i = 0; i < kDoubles; i++) out[i * size + j] = static_cast<float>(x[j * kDoubles + i]);
-  }
+}
+
+void LoadGroupLanes(const float* rewards, GroupLanes& lanes) {
+  LoadGroups(rewards, lanes.rows, lanes.x);
+}
+void StoreGroupLanes(const GroupLanes& lanes, float* out) {
+  StoreGroups(lanes.x, lanes.rows, out);
 }
 
 // ---- statistics and advantages ------------------------------------------------------------------
 
-void GroupStatistics(GroupLanes& lanes, bool population) {
+struct Moments {
+  D count, low, high, mean, squares, std;
+};
+
+VLM_GRPO_INLINE Moments MomentsOf(const GroupLanes& lanes, bool population) {
   const double infinity = std::numeric_limits<double>::infinity();
   L scored = {};
   D low = D{} + infinity, high = D{} - infinity;
@@ -117,12 +146,17 @@ void GroupStatistics(GroupLanes& lanes, bool population) {
   if (lanes.one_group) sum = MergeLanes(sum);
   const D squares = OrderFreeSum<D>::Value(sum);
 
-  StoreD(lanes.count, count);
-  StoreD(lanes.low, low);
-  StoreD(lanes.high, high);
-  StoreD(lanes.mean, mean);
-  StoreD(lanes.squares, squares);
-  StoreD(lanes.std, StdFrom(squares, count, population));
+  return {count, low, high, mean, squares, StdFrom(squares, count, population)};
+}
+
+void GroupStatistics(GroupLanes& lanes, bool population) {
+  const Moments moments = MomentsOf(lanes, population);
+  StoreD(lanes.count, moments.count);
+  StoreD(lanes.low, moments.low);
+  StoreD(lanes.high, moments.high);
+  StoreD(lanes.mean, moments.mean);
+  StoreD(lanes.squares, moments.squares);
+  StoreD(lanes.std, moments.std);
 }
 
 // sum len x / sum len, per lane.
@@ -164,9 +198,10 @@ VLM_GRPO_INLINE D SecondBest(const GroupLanes& lanes, D high) {
   return Select(tied > 1.0, high, second);
 }
 
-// x = (x - baseline) * factor / D(scale), 0 where missing. Needs GroupStatistics first.
-void GroupApply(GroupLanes& lanes, const GroupFormula& formula) {
-  const D count = LoadD(lanes.count), mean = LoadD(lanes.mean), high = LoadD(lanes.high);
+// x = (x - baseline) * factor / D(scale), 0 where missing.
+VLM_GRPO_INLINE void ApplyFormula(GroupLanes& lanes, const Moments& moments,
+                                  const GroupFormula& formula) {
+  const D count = moments.count, mean = moments.mean, high = moments.high;
   const D one = D{} + 1.0;
   const L alone = (count == 1.0) & (L{} - formula.uses_group);
   const bool raw = formula.singleton == VLM_GRPO_SINGLETON_RAW;
@@ -186,7 +221,7 @@ void GroupApply(GroupLanes& lanes, const GroupFormula& formula) {
       baseline = D{} + formula.batch_mean;
       break;
     case VLM_GRPO_BASELINE_LENGTH_WEIGHTED:
-      baseline = Select(LoadD(lanes.low) == high, mean, LengthWeightedMean(lanes, count, mean));
+      baseline = Select(moments.low == high, mean, LengthWeightedMean(lanes, count, mean));
       break;
     case VLM_GRPO_BASELINE_OPTIMAL_VALUE:
       baseline = LoadD(lanes.given);
@@ -198,7 +233,7 @@ void GroupApply(GroupLanes& lanes, const GroupFormula& formula) {
 
   switch (formula.scale) {
     case VLM_GRPO_SCALE_GROUP: {
-      const D sigma = raw ? Select(alone, one, LoadD(lanes.std)) : LoadD(lanes.std);
+      const D sigma = raw ? Select(alone, one, moments.std) : moments.std;
       scale = scale / Denominator(sigma, formula.epsilon, formula.epsilon_mode);
       break;
     }
@@ -238,6 +273,14 @@ void GroupApply(GroupLanes& lanes, const GroupFormula& formula) {
     const D x = LoadD(lanes.x + j * kDoubles);
     StoreD(lanes.x + j * kDoubles, Select(x == x, (x - baseline) * scale, D{}) + 0.0);
   }
+}
+
+// Needs GroupStatistics first.
+void GroupApply(GroupLanes& lanes, const GroupFormula& formula) {
+  ApplyFormula(lanes,
+               {LoadD(lanes.count), LoadD(lanes.low), LoadD(lanes.high), LoadD(lanes.mean),
+                LoadD(lanes.squares), LoadD(lanes.std)},
+               formula);
 }
 
 // The std of the others differs from sample to sample: their sum of squares is
@@ -293,5 +336,55 @@ void GroupApplyLeaveOneOutStd(GroupLanes& lanes, const GroupFormula& formula, bo
     const D numerator = raw ? Select(alone, x, d * lead) : Select(alone, D{}, d * lead);
     const D a = numerator * factor / Denominator(sigma, formula.epsilon, formula.epsilon_mode);
     StoreD(lanes.x + j * kDoubles, Select(lossy, x, Select(x == x, a, D{}) + 0.0));
+  }
+}
+
+// ---- many small groups of one size --------------------------------------------------------------
+
+// Rewards to advantages, kDoubles groups at a time, without the stops between the steps above. With
+// a kSize (0: any) the compiler unrolls the rows and keeps them in registers.
+template <int kSize>
+VLM_GRPO_INLINE void RunTiles(const GroupTiles& tiles, const GroupFormula& formula,
+                              TileFindings& findings) {
+  constexpr int64_t kRows = kSize > 0 ? kSize : kLaneRows;
+  const int64_t size = kSize > 0 ? kSize : tiles.size;
+  alignas(64) double x[kRows * kDoubles];
+  GroupLanes lanes;
+  lanes.x = x;
+  lanes.rows = size;
+  lanes.one_group = false;
+  const double infinity = std::numeric_limits<double>::infinity();
+  L zero_std = {}, infinite = {}, first_lone = L{} + INT64_MAX, group = {};
+  for (int lane = 0; lane < kDoubles; lane++) group[lane] = lane;
+  const int64_t step = kDoubles * size;
+  for (int64_t at = 0; at < tiles.groups * size; at += step, group += kDoubles) {
+    LoadGroups(tiles.rewards + at, size, x);
+    const Moments moments = MomentsOf(lanes, formula.population);
+    const L several = moments.count > 1.0, alone = moments.count == 1.0;
+    const L equal = moments.low == moments.high;
+    zero_std -= equal & (size == 1 ? several | alone : several);
+    infinite |= (several | alone) & ((moments.low == -infinity) | (moments.high == infinity));
+    first_lone = alone & (group < first_lone) ? group : first_lone;
+    ApplyFormula(lanes, moments, formula);
+    StoreGroups(x, size, tiles.advantages + at);
+  }
+  findings = {0, false, INT64_MAX};
+  for (int lane = 0; lane < kDoubles; lane++) {
+    findings.zero_std_groups += zero_std[lane];
+    findings.infinite |= infinite[lane] != 0;
+    if (first_lone[lane] < findings.first_lone) findings.first_lone = first_lone[lane];
+  }
+}
+
+void RunGroupTiles(const GroupTiles& tiles, const GroupFormula& formula, TileFindings& findings) {
+  switch (tiles.size) {
+    case 4:
+      return RunTiles<4>(tiles, formula, findings);
+    case 8:
+      return RunTiles<8>(tiles, formula, findings);
+    case 16:
+      return RunTiles<16>(tiles, formula, findings);
+    default:
+      return RunTiles<0>(tiles, formula, findings);
   }
 }

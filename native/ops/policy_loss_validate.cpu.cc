@@ -193,9 +193,10 @@ Status CheckInputs(const vlm_grpo_policy_loss_args& a) {
   const int32_t level = a.rollout_level;
   if ((a.surrogate == VLM_GRPO_SURROGATE_VESPO && level > VLM_GRPO_ROLLOUT_TOKEN) ||
       (a.surrogate == VLM_GRPO_SURROGATE_REAL && level != VLM_GRPO_ROLLOUT_NONE)) {
-    return Status::Invalid("Expected `rollout_level` %s with %s, received level %d",
-                           a.surrogate == VLM_GRPO_SURROGATE_REAL ? "none" : "none or token",
-                           kSurrogates.list[a.surrogate], level);
+    return Status::Invalid(
+        "Expected `rollout_level` to be none%s with %s, received a weight per %s",
+        a.surrogate == VLM_GRPO_SURROGATE_REAL ? "" : " or per token",
+        kSurrogates.list[a.surrogate], level == VLM_GRPO_ROLLOUT_TOKEN ? "token" : "sequence");
   }
   return {};
 }

@@ -2,6 +2,7 @@
 // the ends), against the formulas in doubles.
 #include <limits>
 #include <memory>
+#include <string>
 
 #include "tests/native/check.h"
 #include "vlm_grpo.h"
@@ -65,6 +66,68 @@ TEST(group_advantages_matches_the_formula_for_odd_sizes_and_any_ids) {
         }
       }
     }
+  }
+}
+
+// Many groups of one size go several at a time; asking for `keep` sends them one block at a time.
+TEST(group_advantages_many_groups_at_once_give_the_bits_of_one_block_at_a_time) {
+  Random random(5);
+  for (int64_t size : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 256, 257}) {
+    const int64_t groups = 37, count = groups * size;
+    std::unique_ptr<float[]> rewards(new float[count]), fast(new float[count]);
+    std::unique_ptr<float[]> slow(new float[count]);
+    std::unique_ptr<uint8_t[]> keep(new uint8_t[count]);
+    for (int64_t i = 0; i < count; i++) {
+      const bool equal = i / size % 5 == 0;
+      rewards[i] = random.Uniform() < 0.2 ? kNaN
+                   : equal                ? 0.1f
+                                          : static_cast<float>(random.Normal());
+    }
+    for (int32_t baseline : {VLM_GRPO_BASELINE_GROUP_MEAN, VLM_GRPO_BASELINE_BATCH_MEAN,
+                             VLM_GRPO_BASELINE_LEAVE_ONE_OUT, VLM_GRPO_BASELINE_SECOND_BEST}) {
+      for (int32_t scale : {VLM_GRPO_SCALE_NONE, VLM_GRPO_SCALE_GROUP, VLM_GRPO_SCALE_MEAN}) {
+        for (int32_t singleton : {VLM_GRPO_SINGLETON_ZERO, VLM_GRPO_SINGLETON_RAW}) {
+          double metrics[2][VLM_GRPO_GROUP_ADVANTAGES_METRIC_COUNT + 2];
+          vlm_grpo_group_advantages_args args;
+          vlm_grpo_group_advantages_init(&args);
+          args.samples = count;
+          args.group_size = size;
+          args.baseline = baseline;
+          args.scale = scale;
+          args.singleton = singleton;
+          args.rewards = rewards.get();
+          args.advantages = fast.get();
+          args.metrics = metrics[0];
+          CHECK(vlm_grpo_group_advantages(nullptr, &args) == VLM_GRPO_OK, "fast status");
+          args.advantages = slow.get();
+          args.keep = keep.get();
+          args.metrics = metrics[1];
+          CHECK(vlm_grpo_group_advantages(nullptr, &args) == VLM_GRPO_OK, "slow status");
+          CHECK(std::memcmp(fast.get(), slow.get(), count * sizeof(float)) == 0,
+                "size %d, baseline %d, scale %d", static_cast<int>(size), baseline, scale);
+          CHECK(std::memcmp(metrics[0], metrics[1], sizeof metrics[0]) == 0, "metrics");
+        }
+      }
+    }
+    // What blocks find out on the way is found here too.
+    vlm_grpo_group_advantages_args args;
+    vlm_grpo_group_advantages_init(&args);
+    args.samples = count;
+    args.group_size = size;
+    args.rewards = rewards.get();
+    args.advantages = fast.get();
+    for (int64_t i = 0; i < count; i++) rewards[i] = static_cast<float>(random.Normal());
+    for (int64_t i = 11 * size + 1; i < 12 * size; i++) rewards[i] = kNaN;
+    args.singleton = VLM_GRPO_SINGLETON_ERROR;
+    vlm_grpo_context* context = vlm_grpo_context_create(2);
+    CHECK(vlm_grpo_group_advantages(context, &args) == VLM_GRPO_INVALID_ARGUMENT, "singleton");
+    const std::string want = "group of sample " + std::to_string(size == 1 ? 0 : 11 * size);
+    CHECK(std::strstr(vlm_grpo_context_error(context), want.c_str()) != nullptr, "%s, expected %s",
+          vlm_grpo_context_error(context), want.c_str());
+    vlm_grpo_context_destroy(context);
+    args.singleton = VLM_GRPO_SINGLETON_ZERO;
+    rewards[11 * size] = -std::numeric_limits<float>::infinity();
+    CHECK(vlm_grpo_group_advantages(nullptr, &args) == VLM_GRPO_INVALID_ARGUMENT, "infinite");
   }
 }
 

@@ -103,10 +103,10 @@ describe('shapes', () => {
   );
   const offsets = (cuSeqlens: number[], message: string) =>
     rejects(packed(cuSeqlens), {}, 'INVALID_ARGUMENT', message);
-  offsets([1, 4, 6], 'Expected `cu_seqlens` to begin with 0, received 1');
-  offsets([0, 4, 5], 'Expected `cu_seqlens` to end with 6, received 5');
-  offsets([0, 4, 3], 'Expected `cu_seqlens` never to decrease, received 3 after 4');
-  offsets([0, 9, 6], 'Expected `cu_seqlens` never to decrease, received 6 after 9');
+  offsets([1, 4, 6], 'Expected `cuSeqlens` to begin with 0, received 1');
+  offsets([0, 4, 5], 'Expected `cuSeqlens` to end with 6, received 5');
+  offsets([0, 4, 3], 'Expected `cuSeqlens` never to decrease, received 3 after 4');
+  offsets([0, 9, 6], 'Expected `cuSeqlens` never to decrease, received 6 after 9');
 });
 
 describe('dtypes', () => {
@@ -197,54 +197,57 @@ describe('numbers', () => {
   const number = (options: object, message: string) =>
     rejects(everything, { rolloutCorrection: 'none', ...options }, 'INVALID_ARGUMENT', message);
   const { NaN: nan, POSITIVE_INFINITY: infinity } = Number;
-  for (const [option, native] of [
-    ['logRatioClamp', 'log_ratio_clamp'],
-    ['epsilon', 'epsilon'],
-    ['epsilonHigh', 'epsilon_high'],
-    ['delta', 'delta'],
-    ['dppoRatioCap', 'dppo_ratio_cap'],
-    ['fipoSafety', 'fipo_safety'],
-    ['klLogRatioClamp', 'kl_log_ratio_clamp'],
-    ['klClamp', 'kl_clamp'],
-    ['normalizer', 'normalizer'],
-    ['entropyNormalizer', 'entropy_normalizer'],
-    ['rolloutLogClamp', 'rollout_log_clamp'],
-  ] as const) {
-    number({ [option]: -1 }, `Expected \`${native}\` to be at least 0, received -1`);
+  for (const option of [
+    'logRatioClamp',
+    'epsilon',
+    'epsilonHigh',
+    'delta',
+    'dppoRatioCap',
+    'fipoSafety',
+    'klLogRatioClamp',
+    'klClamp',
+    'normalizer',
+    'entropyNormalizer',
+    'rolloutLogClamp',
+    'rolloutClipMin',
+    'rolloutClipMax',
+    'maxCompletionLength',
+  ]) {
+    number({ [option]: -1 }, `Expected \`${option}\` to be at least 0, received -1`);
   }
   number({ epsilon: '0.2' }, 'Expected `epsilon` to be a number, received "0.2"');
   number({ lossType: 'clip_cov', seed: 1.5 }, 'Expected `seed` to be an integer, received 1.5');
-  number({ dualClip: 1 }, 'Expected `dual_clip` above 1, received 1');
-  number({ dualClip: 0.5 }, 'Expected `dual_clip` above 1, received 0.5');
+  number({ dualClip: 1 }, 'Expected `dualClip` above 1, received 1');
+  number({ dualClip: 0.5 }, 'Expected `dualClip` above 1, received 0.5');
   number(
     { lossType: 'sapo', sapoTemperaturePos: 0 },
-    'Expected `sapo_temperature_pos` above 0, received 0',
+    'Expected `sapoTemperaturePos` above 0, received 0',
   );
   number(
     { lossType: 'sapo', sapoTemperatureNeg: -1 },
-    'Expected `sapo_temperature_neg` above 0, received -1',
+    'Expected `sapoTemperatureNeg` above 0, received -1',
   );
-  number({ topEntropyQuantile: 0 }, 'Expected `top_entropy_quantile` in (0, 1], received 0');
-  number({ topEntropyQuantile: 1.1 }, 'Expected `top_entropy_quantile` in (0, 1], received 1.1');
+  number({ topEntropyQuantile: 0 }, 'Expected `topEntropyQuantile` in (0, 1], received 0');
+  number({ topEntropyQuantile: 1.1 }, 'Expected `topEntropyQuantile` in (0, 1], received 1.1');
   number(
     { rolloutReject: { statistic: 'k1', scope: 'token', low: 2, high: 1 } },
-    'Expected `reject_low` <= `reject_high`, received 2 and 1',
+    'Expected `rolloutReject.low` <= `rolloutReject.high`, received 2 and 1',
   );
   for (const [options, name] of [
     [{ epsilon: nan }, 'epsilon'],
     [{ normalizer: nan }, 'normalizer'],
     [{ beta: infinity }, 'beta'],
-    [{ driftCoef: nan }, 'drift_coef'],
-    [{ lossScale: nan }, 'loss_scale'],
-    [{ entropyCoef: infinity }, 'entropy_coef'],
-    [{ offPolicyMaskThreshold: nan }, 'off'],
-    [{ lossType: 'clip_cov', covFraction: 0 }, 'cov_fraction'],
-    [{ lossType: 'kl_cov', covFraction: 1.5 }, 'cov_fraction'],
-    [{ lossType: 'dro', droBeta: 0 }, 'dro_beta'],
-    [{ lossType: 'fipo', fipoDecay: 0 }, 'fipo_decay'],
-    [{ lossType: 'fipo', fipoClip: 2 }, 'fipo_clip'],
-    [{ lossType: 'real', realTemperature: 0 }, 'real_temperature'],
-    [{ lossType: 'm2po', m2poThreshold: 0 }, 'm2po_threshold'],
+    [{ driftCoef: nan }, 'driftCoef'],
+    [{ lossScale: nan }, 'lossScale'],
+    [{ entropyCoef: infinity }, 'entropyCoef'],
+    [{ offPolicyMaskThreshold: nan }, 'offPolicyMaskThreshold'],
+    [{ lossType: 'clip_cov', covFraction: 0 }, 'covFraction'],
+    [{ lossType: 'kl_cov', covFraction: 1.5 }, 'covFraction'],
+    [{ lossType: 'dro', droBeta: 0 }, 'droBeta'],
+    [{ lossType: 'fipo', fipoDecay: 0 }, 'fipoDecay'],
+    [{ lossType: 'fipo', fipoClip: 2 }, 'fipoClip'],
+    [{ lossType: 'real', realTemperature: 0 }, 'realTemperature'],
+    [{ lossType: 'm2po', m2poThreshold: 0 }, 'm2poThreshold'],
   ] as const) {
     const shown = JSON.stringify(options, (_, value) =>
       typeof value === 'number' && !Number.isFinite(value) ? String(value) : value,
@@ -260,7 +263,7 @@ describe('numbers', () => {
 describe('what an option needs', () => {
   const needs = (inputs: PolicyLossInputs, options: object, message: string) =>
     rejects(inputs, options, 'INVALID_ARGUMENT', message);
-  needs(plain, { beta: 0.1 }, 'Expected `ref_logprobs` with `beta` 0.1, received none');
+  needs(plain, { beta: 0.1 }, 'Expected `refLogprobs` with `beta` 0.1, received none');
   needs(plain, { entropyCoef: 0.1 }, 'Expected `entropy` for the entropy bonus, received none');
   needs(
     plain,
@@ -271,16 +274,16 @@ describe('what an option needs', () => {
   needs(
     plain,
     { aggregation: 'prompt-mean' },
-    'Expected `group_ids` for prompt-mean, received none',
+    'Expected `groupIds` for prompt-mean, received none',
   );
-  needs(plain, { lossType: 'real' }, 'Expected `group_ids` for real, received none');
+  needs(plain, { lossType: 'real' }, 'Expected `groupIds` for real, received none');
   for (const options of [
     { rolloutCorrection: 'token_mask' },
     { rolloutReject: { statistic: 'k1', scope: 'token' } },
     { ratioAnchor: 'rollout' },
   ] as const) {
     test(`${JSON.stringify(options)} needs rollout log-probs`, () => {
-      expect(() => policyLossSync(plain, options)).toThrow(/^Expected `rollout_logprobs` /);
+      expect(() => policyLossSync(plain, options)).toThrow(/^Expected `rolloutLogprobs` /);
     });
   }
   for (const lossType of ['real', 'vespo'] as const) {
