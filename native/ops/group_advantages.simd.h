@@ -47,56 +47,62 @@ VLM_GRPO_INLINE void Transpose(H* rows) {
   if constexpr (kDoubles > 4) SwapBlocks<4>(rows);
 }
 
-// `columns` floats at p, kDoubles at most.
-VLM_GRPO_INLINE H LoadColumns(const float* p, int64_t columns) {
-  H h = {};
-  std::memcpy(&h, p, columns * sizeof(float));
-  return h;
-}
+// Groups go in tiles of kDoubles columns, the last of which may overlap the one before. Smaller
+// groups make one narrow tile if their size is known here (kSize; 0: it is not).
+template <int kSize>
+constexpr int kTileColumns = kSize > 0 && kSize < kDoubles ? kSize : kDoubles;
 
-// Groups of kDoubles samples or more go in tiles of kDoubles columns, the last of which may overlap
-// the one before; smaller ones in a single tile.
+template <int kSize>
 VLM_GRPO_INLINE void LoadGroups(const float* rewards, int64_t size, double* x) {
-  const int64_t columns = size < kDoubles ? size : kDoubles;
-  for (int64_t at = 0; at < size; at += kDoubles) {
-    const int64_t j = at < size - columns ? at : size - columns;
-    H tile[kDoubles];
-    if (size >= kDoubles) {
-      for (int i = 0; i < kDoubles; i++) tile[i] = LoadColumns(rewards + i * size + j, kDoubles);
-    } else {
-      for (int i = 0; i < kDoubles; i++) tile[i] = LoadColumns(rewards + i * size, size);
+  constexpr int kColumns = kTileColumns<kSize>;
+  if (size < kColumns) {
+    for (int64_t j = 0; j < size; j++) {
+      for (int i = 0; i < kDoubles; i++) x[j * kDoubles + i] = rewards[i * size + j];
+    }
+    return;
+  }
+  for (int64_t at = 0; at < size; at += kColumns) {
+    const int64_t j = at < size - kColumns ? at : size - kColumns;
+    H tile[kDoubles] = {};
+    for (int i = 0; i < kDoubles; i++) {
+      std::memcpy(&tile[i], rewards + i * size + j, kColumns * sizeof(float));
     }
     Transpose(tile);
-    for (int i = 0; i < columns; i++) {
+    for (int i = 0; i < kColumns; i++) {
       StoreD(x + (j + i) * kDoubles, __builtin_convertvector(tile[i], D));
     }
   }
 }
 
+template <int kSize>
 VLM_GRPO_INLINE void StoreGroups(const double* x, int64_t size, float* out) {
-  const int64_t columns = size < kDoubles ? size : kDoubles;
-  for (int64_t at = 0; at < size; at += kDoubles) {
-    const int64_t j = at < size - columns ? at : size - columns;
+  constexpr int kColumns = kTileColumns<kSize>;
+  if (size < kColumns) {
+    for (int64_t j = 0; j < size; j++) {
+      for (int i = 0; i < kDoubles; i++) {
+        out[i * size + j] = static_cast<float>(x[j * kDoubles + i]);
+      }
+    }
+    return;
+  }
+  for (int64_t at = 0; at < size; at += kColumns) {
+    const int64_t j = at < size - kColumns ? at : size - kColumns;
     H tile[kDoubles] = {};
-    for (int i = 0; i < columns; i++) {
+    for (int i = 0; i < kColumns; i++) {
       tile[i] = __builtin_convertvector(LoadD(x + (j + i) * kDoubles), H);
     }
     Transpose(tile);
-    if (size >= kDoubles) {
-      for (int i = 0; i < kDoubles; i++) std::memcpy(out + i * size + j, &tile[i], sizeof tile[i]);
-    } else {
-      for (int i = 0; i < kDoubles; i++) {
-        std::memcpy(out + i * size, &tile[i], size * sizeof(float));
-      }
+    for (int i = 0; i < kDoubles; i++) {
+      std::memcpy(out + i * size + j, &tile[i], kColumns * sizeof(float));
     }
   }
 }
 
 void LoadGroupLanes(const float* rewards, GroupLanes& lanes) {
-  LoadGroups(rewards, lanes.rows, lanes.x);
+  LoadGroups<0>(rewards, lanes.rows, lanes.x);
 }
 void StoreGroupLanes(const GroupLanes& lanes, float* out) {
-  StoreGroups(lanes.x, lanes.rows, out);
+  StoreGroups<0>(lanes.x, lanes.rows, out);
 }
 
 // ---- statistics and advantages ------------------------------------------------------------------
@@ -358,7 +364,7 @@ VLM_GRPO_INLINE void RunTiles(const GroupTiles& tiles, const GroupFormula& formu
   for (int lane = 0; lane < kDoubles; lane++) group[lane] = lane;
   const int64_t step = kDoubles * size;
   for (int64_t at = 0; at < tiles.groups * size; at += step, group += kDoubles) {
-    LoadGroups(tiles.rewards + at, size, x);
+    LoadGroups<kSize>(tiles.rewards + at, size, x);
     const Moments moments = MomentsOf(lanes, formula.population);
     const L several = moments.count > 1.0, alone = moments.count == 1.0;
     const L equal = moments.low == moments.high;
@@ -366,7 +372,7 @@ VLM_GRPO_INLINE void RunTiles(const GroupTiles& tiles, const GroupFormula& formu
     infinite |= (several | alone) & ((moments.low == -infinity) | (moments.high == infinity));
     first_lone = alone & (group < first_lone) ? group : first_lone;
     ApplyFormula(lanes, moments, formula);
-    StoreGroups(x, size, tiles.advantages + at);
+    StoreGroups<kSize>(x, size, tiles.advantages + at);
   }
   findings = {0, false, INT64_MAX};
   for (int lane = 0; lane < kDoubles; lane++) {
@@ -378,6 +384,8 @@ VLM_GRPO_INLINE void RunTiles(const GroupTiles& tiles, const GroupFormula& formu
 
 void RunGroupTiles(const GroupTiles& tiles, const GroupFormula& formula, TileFindings& findings) {
   switch (tiles.size) {
+    case 2:
+      return RunTiles<2>(tiles, formula, findings);
     case 4:
       return RunTiles<4>(tiles, formula, findings);
     case 8:
