@@ -317,7 +317,7 @@ TEST(policy_loss_refuses_bad_arguments_before_any_work) {
     a->surrogate = VLM_GRPO_SURROGATE_REAL;
     a->group_ids = nullptr;
   });
-  refuses("none or token with vespo", [](Args* a) {
+  refuses("to be none or per token with vespo", [](Args* a) {
     a->surrogate = VLM_GRPO_SURROGATE_VESPO;
     a->rollout_level = VLM_GRPO_ROLLOUT_SEQUENCE;
   });
