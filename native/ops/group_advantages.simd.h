@@ -355,8 +355,9 @@ VLM_GRPO_INLINE void RunTiles(const GroupTiles& tiles, const GroupFormula& formu
   constexpr int64_t kRows = kSize > 0 ? kSize : kLaneRows;
   const int64_t size = kSize > 0 ? kSize : tiles.size;
   alignas(64) double x[kRows * kDoubles];
-  GroupLanes lanes;
+  GroupLanes lanes = {};
   lanes.x = x;
+  lanes.extra = x;  // never read: the formulas that need lengths or baselines do not come here
   lanes.rows = size;
   lanes.one_group = false;
   const double infinity = std::numeric_limits<double>::infinity();
