@@ -60,7 +60,10 @@ export interface BenchRow {
   readonly samples: number;
   readonly gigabytesPerSecond?: number;
   readonly gigaflops?: number;
-  /** Shares of this machine's limit, measured just before and after, at the same size. */
+  /**
+   * Shares of this machine's limit, measured just before and after, at the same size. The arithmetic
+   * limit is that of f32 multiply-adds: bf16 instructions can do twice as much.
+   */
   readonly bandwidthShare?: number;
   readonly computeShare?: number;
   readonly limit: { gigabytesPerSecond?: number; gigaflops?: number };
