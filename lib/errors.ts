@@ -5,7 +5,6 @@ export type VlmGrpoErrorCode =
   | 'SHAPE'
   | 'DTYPE'
   | 'DISPOSED'
-  | 'DEVICE_UNAVAILABLE'
   | 'OUT_OF_MEMORY'
   | 'ADDON_LOAD'
   | 'INTERNAL';
@@ -46,13 +45,6 @@ export class DTypeError extends VlmGrpoError {
 export class DisposedError extends VlmGrpoError {
   constructor(message: string) {
     super('DISPOSED', message);
-  }
-}
-
-/** A device that was asked for by name and is not there. */
-export class DeviceUnavailableError extends VlmGrpoError {
-  constructor(message: string) {
-    super('DEVICE_UNAVAILABLE', message);
   }
 }
 

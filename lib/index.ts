@@ -2,7 +2,6 @@ export { DTYPE_SIZE, DTYPES, type DType } from './dtype.ts';
 export {
   AddonLoadError,
   ArgumentError,
-  DeviceUnavailableError,
   DisposedError,
   DTypeError,
   InternalError,

@@ -92,8 +92,6 @@ try {
   );
 } catch (error) {
   console.error(`✗ ${error.message}`);
-  console.error(
-    'Needed: npm with access to a registry, python3, make and a C++17 compiler (gcc 9, clang 10 or newer).',
-  );
+  console.error('Needed: npm with access to a registry, python3, make and a C++17 compiler.');
   process.exit(1);
 }

@@ -113,13 +113,14 @@ function klParams(options: PolicyLossOptions, level: string, surrogate: string) 
   const limited = plain === 'low_var_kl';
   const name = KL_ALIASES[plain] ?? plain;
   const known = native().enums['policyLossKl'] ?? [];
-  if (!known.includes(name)) {
+  const code = known.indexOf(name);
+  if (code < 0) {
     throw new ArgumentError(
       `Expected \`klEstimator\` to be one of ${[...known, ...Object.keys(KL_ALIASES)].join(', ')} (or with a +), received ${describe(estimator)}`,
     );
   }
   return {
-    klEstimator: enumCode('klEstimator', 'policyLossKl', name),
+    klEstimator: code,
     klStraightThrough: plain !== estimator,
     klImportanceWeighted:
       options.useBiasCorrectionKl ?? (level !== 'sequence_token' && surrogate !== 'gmpo'),

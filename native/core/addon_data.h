@@ -49,7 +49,6 @@ class CompletionChannel {
 };
 
 struct AddonData {
-  Napi::FunctionReference storage_class;
   std::shared_ptr<CompletionChannel> channel = std::make_shared<CompletionChannel>();
 
   ~AddonData() { channel->Close(); }

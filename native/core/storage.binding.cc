@@ -95,9 +95,7 @@ std::shared_ptr<Storage> StorageOf(Napi::Env env, Napi::Value value) {
 }
 
 void RegisterStorage(Napi::Env env, Napi::Object exports) {
-  const Napi::Function storage_class = NativeStorage::Define(env);
-  env.GetInstanceData<AddonData>()->storage_class = Napi::Persistent(storage_class);
-  exports.Set("NativeStorage", storage_class);
+  exports.Set("NativeStorage", NativeStorage::Define(env));
 }
 
 }  // namespace vlm_grpo

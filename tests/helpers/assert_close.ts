@@ -94,13 +94,3 @@ export function assertBitwise(got: ArrayBufferView, want: ArrayBufferView, what 
     `${what}: first differs at [${index}]: got ${at(got)}, expected ${at(want)} exactly`,
   );
 }
-
-/** The largest |got - want| over the finite elements, for reporting. */
-export function maxError(got: ArrayLike<number>, want: ArrayLike<number>): number {
-  let worst = 0;
-  for (let i = 0; i < got.length; i++) {
-    const error = Math.abs((got[i] as number) - (want[i] as number));
-    if (error > worst) worst = error;
-  }
-  return worst;
-}
